@@ -1,0 +1,1 @@
+"""Target-Selective Gradient Backprop: which pixels of an image speak for a class."""
