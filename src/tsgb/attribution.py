@@ -1,0 +1,418 @@
+"""TSGB of a model and its images: `explain`, and `TSGB`, the same in Captum's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import rules as rule_tables
+from . import targets
+from .backprop import Backprop, CoverageError, recording
+from .explanation import Explanation, Row
+from .targets import Target
+
+__all__ = ["TSGB", "explain"]
+
+# Stands for 0 in an image, so that x * gradient has something to carry where a model shifts its own input and the black
+# pixel gets evidence. Too small to change any activation. float16 has no such number, and keeps its zeros.
+_NOTHING = 1e-30
+
+def explain(
+    model: Callable[..., Any],
+    images: Tensor | tuple[Tensor, ...],
+    target: Target = None,
+    *,
+    rules: rule_tables.Table = rule_tables.DEFAULT,
+    f: float | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    strict: bool = False,
+) -> Explanation:
+    """Explain a convolutional network's output: which pixels of each image speak for each target.
+
+    map = sum over channels of image * gradient, where the gradient is TSGB's (see `tsgb.rules`): one forward for all targets
+    and one backward for each. The model is only read: its modules, hooks, flags, weights, ``.grad``, mode and the random
+    state are the same afterwards. Safe in threads that share a model.
+
+    Args:
+        model: a module in evaluation mode, or any callable that runs one.
+        images: (N, C, H, W) floating, as the model expects them, on its device; also one or three spatial dimensions. A
+            tuple where the model takes several inputs, all of which are explained.
+        target: None for the predicted class; an int for all images; a list or tensor of N ints; K for each image as (N, K); a
+            class name where the model has ``names``; "top5"; or ``fn(output) -> (N,)``.
+        rules: a table, `tsgb.rules.DEFAULT` or `tsgb.rules.PAPER` or one of your own.
+        f: how much of the evidence for the target the evidence against it is to balance, 0..1; None takes the table's.
+        forward_kwargs: what else the model's forward takes. Tensors of length N count as one row an image.
+        batch_size: images that go through the model at once; None takes all.
+        strict: raise where a weighted or curved operator met no rule.
+
+    Returns:
+        An `Explanation`.
+
+    Raises:
+        TargetError: the target does not fit the images or the output.
+        CoverageError: no rule met anything, no head was found, or ``strict`` and an operator met no rule.
+        TypeError: images that are no floating tensors, or of another type than the model.
+        ValueError: images of a wrong shape, not finite, or on another device than the model.
+        RuntimeError: the model is in training mode.
+
+    Example:
+        >>> import tsgb
+        >>> model = tsgb.load("bundled").model
+        >>> e = tsgb.explain(model, torch.rand(2, 3, 128, 128), target=[[0, 4], [1, 2]])
+        >>> e.maps.shape, e.targets.tolist()
+        (torch.Size([2, 2, 128, 128]), [[0, 4], [1, 2]])
+    """
+    inputs = images if isinstance(images, tuple) else (images,)
+    parts = list(_parts(model, inputs, target, rules, f, (), dict(forward_kwargs or {}), batch_size, strict, _pooled))
+    maps = tuple(torch.cat([part.relevance[i] for part in parts]) for i in range(len(inputs)))
+    rows: dict[tuple[str, str | None], int] = {}
+    for operator, rule, count in (row for part in parts for row in part.coverage):
+        rows[operator, rule] = max(count, rows.get((operator, rule), 0))
+    return Explanation(
+        maps=maps if isinstance(images, tuple) else maps[0],
+        targets=torch.cat([part.targets for part in parts]),
+        logits=None if parts[0].logits is None else torch.cat([part.logits for part in parts if part.logits is not None]),
+        coverage=[(operator, rule, count) for (operator, rule), count in rows.items()],
+        why_empty=[reasons for part in parts for reasons in part.why_empty],
+        f=parts[0].f,
+        images=images,
+    )
+
+
+class TSGB:
+    """TSGB in the shape of a Captum attribution method: image * gradient, as large as the input.
+
+    Works inside Captum's NoiseTunnel, infidelity and sensitivity_max.
+
+    Args:
+        model: as in `explain`. ``rules``, ``f``, ``strict``: as in `explain`.
+
+    Example:
+        >>> import tsgb
+        >>> method = TSGB(tsgb.load("bundled").model)
+        >>> method.attribute(torch.rand(2, 3, 128, 128), target=3).shape
+        torch.Size([2, 3, 128, 128])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        rules: rule_tables.Table = rule_tables.DEFAULT,
+        f: float | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.forward_func = model
+        self._rules, self._f, self._strict = rules, f, strict
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: the attribution is input * gradient, not the gradient."""
+        return True
+
+    def has_convergence_delta(self) -> bool:
+        """Tell Captum that no convergence delta is returned."""
+        return False
+
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Any:
+        """Attribute a target to every value of the input.
+
+        Args:
+            inputs: (N, C, ...) floating, or a tuple of such.
+            target: one class an image, as in `explain`.
+            additional_forward_args: what the model's forward takes after the inputs; a tuple, or the one argument.
+            batch_size: images that go through the model at once.
+
+        Returns:
+            input * gradient, of the shape and type of the input; a tuple for a tuple.
+
+        Raises:
+            TargetError: more than one target an image. Otherwise as `explain`.
+
+        Example:
+            >>> import tsgb
+            >>> model = tsgb.load("bundled").model
+            >>> x = torch.rand(1, 3, 128, 128)
+            >>> torch.equal(TSGB(model).attribute(x, 3).sum(1), tsgb.explain(model, x, 3).maps[:, 0])
+            True
+        """
+        values = inputs if isinstance(inputs, tuple) else (inputs,)
+        extra = additional_forward_args
+        args = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
+        settings = (self._rules, self._f, args, {}, batch_size, self._strict)
+        parts = list(_parts(self.forward_func, values, target, *settings, _whole))
+        if parts[0].targets.shape[1] != 1:
+            raise targets.TargetError(
+                f"attribute takes one class an image, got {parts[0].targets.shape[1]}: tsgb.explain takes several"
+            )
+        found = tuple(
+            torch.cat([part.relevance[i] for part in parts])[:, 0].to(value.dtype) for i, value in enumerate(values)
+        )
+        return found if isinstance(inputs, tuple) else found[0]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The explanation of the images that went through the model at once."""
+
+    relevance: list[Tensor]  # for each input (n, K, ...)
+    targets: Tensor
+    logits: Tensor | None
+    coverage: list[Row]
+    why_empty: list[list[str | None]]
+    f: float
+
+
+def _pooled(relevance: Tensor) -> Tensor:
+    """A map of the relevance of an input: the sum over channels, where it has channels and positions."""
+    return relevance.sum(1) if relevance.dim() > 2 else relevance
+
+
+def _whole(relevance: Tensor) -> Tensor:
+    return relevance
+
+
+def _parts(
+    model: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    target: Target,
+    table: rule_tables.Table,
+    f: float | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int | None,
+    strict: bool,
+    reduce: Callable[[Tensor], Tensor],
+) -> Iterator[_Part]:
+    count = _check_inputs(inputs)
+    _check_mode(model)
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive int or None, got {batch_size!r}")
+    target = targets.prepare(target, count, targets.names_of(model))
+    step = batch_size or count
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+
+        def cut(value: Any, rows: slice = rows) -> Any:
+            per_image = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+            return value[rows] if per_image else value
+
+        part = _explain(
+            model,
+            tuple(x[rows] for x in inputs),
+            cut(target),
+            table,
+            f,
+            tuple(cut(value) for value in args),
+            {key: cut(value) for key, value in kwargs.items()},
+            reduce,
+        )
+        missed = sorted({operator for operator, rule, _ in part.coverage if rule is None})
+        if strict and missed:
+            raise CoverageError(
+                f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, where "
+                "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
+            )
+        yield part
+
+
+def _explain(
+    model: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    target: Target,
+    table: rule_tables.Table,
+    f: float | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reduce: Callable[[Tensor], Tensor],
+) -> _Part:
+    count = len(inputs[0])
+    with torch.inference_mode(False), torch.enable_grad(), _random_state(inputs[0].device):
+        leaves = tuple(_leaf(x) for x in inputs)
+        images = tuple(leaf.clone() for leaf in leaves)
+        with recording(table, f) as run:
+            output = _forward(model, images, args, kwargs)
+        if callable(target):
+            scores = [targets.scores(target, output, count)]
+            seeds = [torch.ones_like(scores[0])]
+            indices = torch.full((count, 1), -1)
+            logits = _logits_if_any(output)
+        else:
+            logits = targets.find_logits(output)
+            indices = targets.resolve(target, _check_logits(logits, count))
+            scores = [logits] * indices.shape[1]
+            seeds = [_one_hot(indices[:, k], logits) for k in range(indices.shape[1])]
+        run.find_heads(scores[0])
+        run.check_positions()
+        columns: list[list[Tensor]] = []
+        reasons: list[list[str | None]] = []
+        for k, (score, seed) in enumerate(zip(scores, seeds, strict=True)):
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                grads = torch.autograd.grad(score, leaves, seed, retain_graph=k + 1 < len(scores), allow_unused=True)
+            relevance = [_relevance(x, leaf, grad) for x, leaf, grad in zip(inputs, leaves, grads, strict=True)]
+            maps = [_pooled(r) for r in relevance]
+            _check_maps(maps)
+            columns.append([reduce(r) for r in relevance])
+            reasons.append(_why_empty(run, leaves, maps))
+    return _Part(
+        relevance=[torch.stack(column, 1) for column in zip(*columns, strict=True)],
+        targets=indices,
+        logits=None if logits is None else logits.detach(),
+        coverage=run.coverage(),
+        why_empty=[list(row) for row in zip(*reasons, strict=True)],
+        f=float(run.f if run.f is not None else 0.0),
+    )
+
+
+def _leaf(image: Tensor) -> Tensor:
+    image = image.detach()
+    if torch.finfo(image.dtype).tiny < _NOTHING:
+        return torch.where(image == 0, _NOTHING, image).requires_grad_()
+    return image.clone().requires_grad_()
+
+
+def _relevance(image: Tensor, leaf: Tensor, grad: Tensor | None) -> Tensor:
+    """Image * gradient in float32 at least; what a zero pixel carries is kept if it is more than its stand-in's trace."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if grad is None:
+        return torch.zeros_like(leaf, dtype=dtype).detach()
+    relevance = leaf.detach().to(dtype) * grad.to(dtype)
+    return torch.where((image == 0) & (relevance.abs() < _NOTHING**0.5), 0, relevance)
+
+
+def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
+    return torch.zeros_like(logits).scatter_(1, classes[:, None].to(logits.device), 1)
+
+
+def _forward(model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return model(*images, *args, **kwargs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
+        if held is not None and held.device != images[0].device:
+            raise ValueError(
+                f"images must be on the model's device {held.device}, got {images[0].device}: images.to({str(held.device)!r})"
+            ) from error
+        if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
+            raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
+        raise
+
+
+def _check_inputs(inputs: tuple[Tensor, ...]) -> int:
+    if not inputs:
+        raise ValueError("images must be a tensor (N, C, H, W) or a tuple of tensors, got an empty tuple")
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"images must be a floating tensor (N, C, H, W), got {type(x).__name__}")
+        if not x.is_floating_point():
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise TypeError(f"images must be floating, as the model expects them, got {dtype}: preprocess them first")
+    first = inputs[0]
+    if first.dim() not in (3, 4, 5) and len(inputs) == 1:
+        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(first.shape)}")
+    count = len(first) if first.dim() else 0
+    if any(x.dim() < 2 or len(x) != count for x in inputs) or count == 0 or any(x.numel() == 0 for x in inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(f"images must have shape (N, C, H, W) with N and all sizes at least 1, got {shapes}")
+    for x in inputs:
+        finite = x.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"images must be finite, but image {int((~finite).nonzero()[0])} holds NaN or infinity")
+    return count
+
+
+_STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")  # torchvision's, timm's
+
+
+def _check_mode(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = getattr(module, "p", getattr(module, "drop_prob", 1.0))
+        random = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _STOCHASTIC_DEPTH
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (random and rate):
+            raise RuntimeError(
+                f"the model is in training mode: {type(module).__name__} {name!r} would use the batch or random numbers. "
+                "Call model.eval() first"
+            )
+
+
+def _check_logits(logits: Tensor, count: int) -> Tensor:
+    if not logits.requires_grad:
+        raise CoverageError(
+            "the model's output does not depend on the images through differentiable operations: it is detached, computed "
+            "under torch.no_grad(), or the model is scripted or quantised"
+        )
+    if logits.dim() == 2 and len(logits) != count:
+        raise targets.TargetError(f"the model must return one row of logits an image, {count}, got {tuple(logits.shape)}")
+    broken = logits.detach().isnan().flatten(1).any(1) if logits.dim() > 1 else logits.detach().isnan()
+    if broken.any():
+        raise ValueError(f"the model's logits for image {int(broken.nonzero()[0])} are NaN")
+    return logits
+
+
+def _logits_if_any(output: Any) -> Tensor | None:
+    try:
+        return targets.find_logits(output)
+    except targets.TargetError:
+        return None
+
+
+def _check_maps(maps: list[Tensor]) -> None:
+    for values in maps:
+        broken = ~values.isfinite().flatten(1).all(1)
+        if broken.any():
+            raise FloatingPointError(
+                f"the map of image {int(broken.nonzero()[0])} is not finite: the model's values leave the range of its type; "
+                "use float32"
+            )
+
+
+def _why_empty(run: Backprop, leaves: tuple[Tensor, ...], maps: list[Tensor]) -> list[str | None]:
+    positive = torch.stack([values.flatten(1).amax(1) > 0 for values in maps]).any(0)
+    arrived = run.arrived(len(positive))
+    reasons: list[str | None] = []
+    for n in range(len(positive)):
+        if positive[n]:
+            reasons.append(None)
+        elif all(not (leaf[n].abs() > _NOTHING).any() for leaf in leaves):
+            reasons.append("the image is zero everywhere, and a map is image * gradient")
+        elif not arrived[n]:
+            cut = [name for name in run.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
+            what = "a ReLU" if "relu" in cut else cut[0] if cut else "what lies between the head and the target"
+            reasons.append(f"logit cut by {what} at the head: no gradient arrives there")
+        elif any(values[n].any() for values in maps):
+            reasons.append("evidence against the target outweighs the evidence for it at every pixel")
+        else:
+            reasons.append("no feature with evidence at the head is connected to a pixel that is not zero")
+    return reasons
+
+
+@contextmanager
+def _random_state(device: torch.device) -> Iterator[None]:
+    """Leave the random state as it was, also where the model draws from it."""
+    before = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        # Written only where it changed: other threads may draw from it at the same time.
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+        if on_device is not None and not torch.equal(on_device, torch.cuda.get_rng_state(device)):
+            torch.cuda.set_rng_state(on_device, device)

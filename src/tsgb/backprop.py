@@ -1,0 +1,362 @@
+"""The mechanism: apply a table of rules to any model during one forward and one backward, without touching the model.
+
+A `Backprop` sees every torch call that the model makes in its thread. Where the table has a rule the operator runs as one
+autograd function whose backward is the rule; all else runs as it is. The graph that autograd builds then *is* the method:
+its gradient at the image is TSGB's. No operator is named here; the table names them, `operators` reads their spellings.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import operators, rules
+from .operators import Call
+
+__all__ = ["Backprop", "CoverageError", "recording"]
+
+_NAME, _OPEN, _WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of autograd nodes' metadata
+
+
+class CoverageError(RuntimeError):
+    """The rules do not cover the model, so that its map would not be TSGB's."""
+
+
+@dataclass
+class _Ruling:
+    """An operator that met a rule."""
+
+    call: Call
+    function: Callable[..., Tensor]
+    rule: Callable[..., Tensor]
+    head_rule: Callable[..., Tensor] | None  # for operators that carry weights: the rule where they are the head
+    on_vector: bool = False
+    f: float | None = None  # set on the heads
+    arrived: Tensor | None = None  # of a head: per image, whether any gradient arrived in this backward
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.call.args[1:], **self.call.kwargs)
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Apply the rule in float32 at least, and hand on what the type of x can hold."""
+        with torch.autocast(x.device.type, enabled=False):
+            args, kwargs = _map(_single, (grad, x, *self.call.args[1:])), _map(_single, self.call.kwargs)
+            if self.f is None:
+                grad_x = self.rule(*args, **kwargs)
+            else:
+                assert self.head_rule is not None
+                self.arrived = grad.flatten(1).any(1)
+                grad_x = self.head_rule(*args, f=self.f, **kwargs)
+        if grad_x.dtype != x.dtype:
+            largest = torch.finfo(x.dtype).max
+            grad_x = grad_x.clamp(-largest, largest).to(x.dtype)
+        return grad_x
+
+
+class _Ruled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ruling: _Ruling) -> Tensor:
+        ctx.ruling = ruling
+        ctx.save_for_backward(x)
+        return ruling.run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.ruling.backward(grads[0], x), None
+
+
+class Backprop(TorchFunctionMode):
+    """One forward of a model under a table of rules; enter it through `recording`.
+
+    The image must be no leaf of the graph (a clone of one): leaves that require grad are taken for the model's weights.
+
+    Args:
+        table: torch functions and roles to rules, see `tsgb.rules`.
+        f: the number f of the head's rule; None takes the table's.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5)).eval()
+        >>> x = torch.rand(1, 3, 8, 8, requires_grad=True).clone()
+        >>> with recording(rules.PAPER) as run:
+        ...     logits = model(x)
+        >>> run.find_heads(logits)
+        >>> run.coverage()
+        [('conv2d', 'conv_lumped', 1), ('flatten', 'ordinary', 1), ('linear', 'linear_head', 1)]
+    """
+
+    def __init__(self, table: rules.Table, f: float | None = None) -> None:
+        super().__init__()
+        self._rules, self._heads, self._constant, self._products = (
+            {operators.name(key): (key, rule) for key, rule in part.items() if callable(key)}
+            for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
+        )
+        self._openers = {operators.name(function) for function in rules.GATES}
+        self._f = table[rules.F] if f is None else f
+        self._met: list[_Ruling] = []
+        self._unruled: Counter[tuple[str, str | None]] = Counter()
+        self.heads: list[_Ruling] = []
+        self.above: list[str] = []  # names of the operators between the head and the target
+        self.f: float | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = _map(_constant, args), _map(_constant, kwargs or {})
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in operators.tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        call = operators.read(func, args, kwargs)
+        ruling = self._ruling(call)
+        if ruling is None:
+            return self._note(call, func(*args, **kwargs))
+        self._met.append(ruling)
+        o = _Ruled.apply(ruling.call.args[0], ruling)  # type: ignore[no-untyped-call]
+        return o if call.inplace is None else call.inplace.copy_(o)
+
+    def _ruling(self, call: Call) -> _Ruling | None:
+        """Find the rule that a call meets, if any: by its role among its operands, else by its name."""
+        signals = [t for t in call.args[:2] if isinstance(t, Tensor) and t.requires_grad]
+        if len(signals) == 1 and call.name in self._constant and signals[0] is call.args[0]:
+            function, rule = self._constant[call.name]
+            return _Ruling(call, function, rule, None)
+        if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
+            gate = _gate(*signals) if call.name != "div" else signals[1]
+            if gate is not None:
+                signal = signals[0] if gate is signals[1] else signals[1]
+                function, rule = self._products[call.name]
+                held = Call(call.name, (signal, gate.detach()), call.kwargs, call.inplace)
+                return _Ruling(held, function, rule, None)
+        function, rule = self._rules.get(call.name, (None, None))
+        if function is None or not callable(rule) or not signals or signals[0] is not call.args[0]:
+            return None
+        call = Call(call.name, (signals[0], *_map(_held, call.args[1:])), _map(_held, call.kwargs), call.inplace)
+        _, head_rule = self._heads.get(call.name, (None, None))
+        weight = call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
+        on_vector = head_rule is not None and operators.on_vector(signals[0], weight)
+        return _Ruling(call, function, rule, head_rule, on_vector)
+
+    def _note(self, call: Call, output: Any) -> Any:
+        """Remember an operator that met no rule, on the nodes of what it returned and in the coverage."""
+        nodes = [t.grad_fn for t in operators.tensors(output) if t.requires_grad and t.grad_fn is not None]
+        known = call.name in self._rules
+        if nodes or call.inplace is not None:
+            self._unruled[call.name, rules.ORDINARY if known else None] += 1
+        for node in nodes:
+            node.metadata[_NAME] = call.name
+            node.metadata[_OPEN] = call.name in self._openers
+            node.metadata[_WEIGHTED] = not known and any(
+                not t.requires_grad and t.is_floating_point() and t.dim() > 0
+                for t in operators.tensors((call.args, call.kwargs))
+            )
+        return output
+
+    def find_heads(self, target: Tensor) -> None:
+        """Walk from the target's node to the first operators that carry weights: they are the head.
+
+        Args:
+            target: the logits, or what was computed from them.
+
+        Raises:
+            CoverageError: no head was found, or an operator unknown to the table may hide it.
+        """
+        self.heads, self.above, nodes = [], [], []
+        for node in _walk(target.grad_fn, stop=_weighted):
+            ruling = getattr(node, "ruling", None)
+            if ruling is not None and ruling.head_rule is not None:
+                nodes.append(node)
+                self.heads.append(ruling)
+            else:
+                self.above.append(ruling.call.name if ruling else node.metadata.get(_NAME, node.name()))
+            if node.metadata.get(_WEIGHTED):
+                raise CoverageError(
+                    f"the target comes from `{node.metadata[_NAME]}`, an operator with weights for which the rules have "
+                    "no entry, so the head cannot be told: write the head as a linear layer or a convolution"
+                )
+        if not self.heads:
+            raise CoverageError(
+                "no head was found: between the image and the target there is no linear layer and no convolution"
+                f" that the rules know (seen: {', '.join(sorted({name for name, _ in self._unruled})) or 'nothing'})"
+            )
+        below = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
+        first = [node for start in below for node in _walk(start, stop=_weighted) if _weighted(node)]
+        hidden = any(node.ruling.on_vector for node in first)  # type: ignore[attr-defined]
+        self.f = self._f(hidden) if callable(self._f) else float(self._f)
+        for ruling in self._met:
+            ruling.f = None
+        for head in self.heads:
+            head.f = self.f
+
+    def check_positions(self) -> None:
+        """Refuse a model that the rules cannot reach below its head.
+
+        Raises:
+            CoverageError: no operator with weights acts on the positions of a map.
+        """
+        if not any(ruling.head_rule is not None and not ruling.on_vector for ruling in self._met):
+            seen = ", ".join(sorted({name for name, _, _ in self.coverage()}))
+            raise CoverageError(
+                "the model has no convolution that the rules know: TSGB explains convolutional networks, and a plain gradient "
+                f"is not passed off as its map (operators seen: {seen})"
+            )
+
+    def arrived(self, count: int) -> list[bool]:
+        """Tell for each of ``count`` images whether any gradient arrived at the head in the last backward."""
+        found = [head.arrived for head in self.heads if head.arrived is not None]
+        for head in self.heads:
+            head.arrived = None
+        if any(len(flags) != count for flags in found):
+            return [True] * count
+        return [any(bool(flags[n]) for flags in found) for n in range(count)]
+
+    def coverage(self) -> list[tuple[str, str | None, int]]:
+        """List which operator met which rule how often; None for a weighted or curved operator that met none."""
+        rows = Counter(self._unruled)
+        for ruling in self._met:
+            rule = ruling.rule if ruling.f is None else ruling.head_rule
+            rows[ruling.call.name, _name(rule)] += 1
+        return sorted(((name, rule, count) for (name, rule), count in rows.items()), key=lambda row: (row[0], row[1] or ""))
+
+
+@contextmanager
+def recording(table: rules.Table, f: float | None = None) -> Iterator[Backprop]:
+    """Run the body under a table of rules, with gradients on, and with what backward needs kept from in-place calls.
+
+    Args:
+        table: see `tsgb.rules`. ``f``: the number f of the head's rule; None takes the table's.
+
+    Yields:
+        The `Backprop` that records the body; the backward runs outside.
+
+    Example:
+        >>> x = torch.ones(1, 1, 2, 2, requires_grad=True).clone()
+        >>> with recording(rules.DEFAULT) as run:
+        ...     y = torch.nn.functional.silu(x)
+        >>> run.coverage()
+        [('silu', 'activation', 1)]
+    """
+    kept = _Kept()
+    with torch.inference_mode(False), torch.enable_grad(), kept, saved_tensors_hooks(kept.pack, kept.unpack):
+        with Backprop(table, f) as run:
+            yield run
+
+
+class _Cell:
+    """What autograd saved; weakly known to `_Kept`, held by the graph alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Kept(TorchDispatchMode):
+    """Copy on write: a tensor that backward needs is cloned before an in-place call changes it.
+
+    A network may be right in inference and yet overwrite what a gradient needs (``y = conv(x); x += y``).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cells: dict[int, list[weakref.ref[_Cell]]] = {}
+
+    def pack(self, tensor: Tensor) -> _Cell:
+        cell = _Cell(tensor)
+        self._cells.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(cell))
+        return cell
+
+    @staticmethod
+    def unpack(cell: _Cell) -> Tensor:
+        return cell.tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in operators.tensors(written):
+                    self._copy(tensor)
+        return func(*args, **kwargs)
+
+    def _copy(self, tensor: Tensor) -> None:
+        for reference in self._cells.pop(tensor.untyped_storage()._cdata, []):
+            cell = reference()
+            if cell is not None:
+                cell.tensor = cell.tensor.clone()
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """What does not come from the image does not require grad, so that requiring grad means: depends on the image."""
+    if tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors of an operator's arguments."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, item) for item in value)
+    if type(value) is dict:
+        return {key: _map(function, item) for key, item in value.items()}
+    return value
+
+
+def _name(rule: Any) -> str:
+    return _name(rule.func) if isinstance(rule, partial) else getattr(rule, "__name__", type(rule).__name__)
+
+
+def _weighted(node: Node) -> bool:
+    ruling = getattr(node, "ruling", None)
+    return ruling is not None and ruling.head_rule is not None
+
+
+def _walk(start: Node | None, stop: Callable[[Node], bool]) -> Iterator[Node]:
+    """The nodes from ``start`` towards the image, not past those where ``stop`` holds."""
+    ahead, seen = [start], {start}
+    while ahead:
+        node = ahead.pop()
+        if node is None:
+            continue
+        yield node
+        if not stop(node):
+            for edge, _ in node.next_functions:
+                if edge not in seen:
+                    seen.add(edge)
+                    ahead.append(edge)
+
+
+def _gate(a: Tensor, b: Tensor) -> Tensor | None:
+    """Which of two factors is the gate of the other, None for a product of equals.
+
+    A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating operator.
+    """
+    sizes = [torch.Size(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0).numel() for t in (a, b)]
+    if sizes[0] != sizes[1]:
+        return a if sizes[0] < sizes[1] else b
+    if a.grad_fn is not None and b.grad_fn is not None:
+        if any(node is a.grad_fn for node in _walk(b.grad_fn, stop=lambda node: node is a.grad_fn)):
+            return b
+        if any(node is b.grad_fn for node in _walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
+            return a
+        opened = [bool(t.grad_fn.metadata.get(_OPEN)) for t in (a, b)]  # type: ignore[union-attr]
+        if opened[0] != opened[1]:
+            return a if opened[0] else b
+    return None

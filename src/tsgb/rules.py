@@ -1,0 +1,518 @@
+"""The formula sheet of TSGB: one pure function per operator, and the tables that choose among them.
+
+Source: L. Cheng, P. Fang, Y. Liang, L. Zhang, C. Shen, H. Wang, "TSGB: Target-Selective Gradient Backprop for Probing CNN
+Visual Saliency", IEEE Transactions on Image Processing 31 (2022), 2529-2540, arXiv 2110.05182.
+
+A rule replaces the gradient of one operator ``o = op(x, *args, **kwargs)``::
+
+    rule(grad, x, *args, **kwargs) -> grad_x
+
+``grad`` has the shape of ``o`` and is the gradient that arrives there, ``x`` is the operator's input, the rest are the
+operator's own arguments under torch's names; the result has the shape of ``x``. The *relevance* of a tensor is tensor *
+gradient, elementwise; a rule *passes* relevance unchanged where ``x * grad_x = o * grad``.
+
+A table maps torch functions to rules. One entry serves every spelling of an operator (``F.relu``, ``torch.relu``,
+``x.relu_()``). ``ORDINARY`` marks operators that keep their own gradient on purpose; an operator that the table does not
+name keeps it too, but is reported. Three keys are no functions but roles that an operator plays in a network:
+
+- ``HEAD``: a table of the operators that carry weights, and their rules where they are the last before the target;
+- ``CONSTANT``: operators one of whose operands does not depend on the image (``x - mean``);
+- ``GATE``: products of a signal and a gate (``x * sigmoid(y)``).
+
+``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`). To change a rule, make a
+table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = [
+    "CONSTANT",
+    "DEFAULT",
+    "F",
+    "GATE",
+    "GATES",
+    "HEAD",
+    "ORDINARY",
+    "PAPER",
+    "activation",
+    "avg_pool",
+    "batch_norm",
+    "conv",
+    "conv_head",
+    "conv_lumped",
+    "gate",
+    "linear",
+    "linear_head",
+    "selectivity",
+    "shift",
+]
+
+EPS = 1e-10  # the authors' guard of n and of the input of batch norm
+ORDINARY = "ordinary"
+HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
+
+#: What opens and closes: a factor that comes from one of these is a gate.
+GATES = (torch.sigmoid, functional.hardsigmoid, functional.softmax)
+
+Table = dict[Any, Any]
+Split = Literal["contributions", "weights"]
+
+
+def conv(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """TSGB-Conv: hand each position's relevance to all that it sees, in proportion to ``|x|``.
+
+    ::
+
+        c = sum over channels of grad * o                     (o includes the bias)
+        n = conv(sum over channels of |x|, 1_k)
+        grad_x = sign(x) * conv_transpose(c / (n + 1e-10), 1_k)
+
+    ``1_k`` is a kernel of ones of the convolution's size, stride, padding and dilation. Each group of a grouped convolution
+    is treated by itself. Source: TSGB-Conv of the paper, for one, two or three spatial dimensions.
+
+    Args:
+        grad: (N, O, *out), arriving at the output.
+        x: (N, C, *in), the input; floating, any sign.
+        weight: (O, C / groups, *k). ``bias``: (O,) or None. The rest as in ``torch.nn.functional.conv2d``.
+
+    Returns:
+        (N, C, *in), of the type of ``x``. The sums of ``x * grad_x`` and ``o * grad`` agree wherever n > 0.
+
+    Example:
+        >>> x, weight = torch.rand(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> grad = torch.randn(1, 4, 6, 6)
+        >>> o = torch.nn.functional.conv2d(x, weight)
+        >>> torch.allclose((x * conv(grad, x, weight)).sum(), (o * grad).sum(), rtol=1e-3, atol=1e-4)
+        True
+    """
+    return _share(grad, x, weight, bias, (stride, padding, dilation), groups, fields=groups)
+
+
+def conv_lumped(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """TSGB-Conv as the authors run it: the sums of `conv` over all channels at once, whatever the groups.
+
+    Arguments, result and source as for `conv`, with which it agrees where ``groups`` is 1.
+
+    Example:
+        >>> x, weight, grad = torch.rand(1, 4, 5, 5), torch.randn(4, 1, 3, 3), torch.randn(1, 4, 3, 3)
+        >>> conv_lumped(grad, x, weight, groups=4).shape
+        torch.Size([1, 4, 5, 5])
+    """
+    return _share(grad, x, weight, bias, (stride, padding, dilation), groups, fields=1)
+
+
+def batch_norm(
+    grad: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch norm: relevance passes unchanged, ``grad_x = grad * o / (x + 1e-10)``.
+
+    Source: the paper's rule, with the operator's own ``eps`` in ``o``.
+
+    Args:
+        grad: (N, C, ...), arriving at the output.
+        x: (N, C, ...), the input. The rest as in ``torch.nn.functional.batch_norm``; ``training`` and ``momentum`` are not read.
+
+    Returns:
+        (N, C, ...). At x = 0 the relevance is lost, never NaN.
+
+    Example:
+        >>> x, grad = torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3)
+        >>> mean, var = torch.tensor([0.1, 0.2]), torch.tensor([1.0, 2.0])
+        >>> o = torch.nn.functional.batch_norm(x, mean, var)
+        >>> torch.allclose(x * batch_norm(grad, x, mean, var), grad * o, atol=1e-5)
+        True
+    """
+    o = functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return _over(grad * o, x + EPS)
+
+
+def avg_pool(grad: Tensor, x: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Average pooling as the authors run it, ``grad_x = avgpool^T(grad * o) / (x + 1e-10)``.
+
+    Pooling of the whole map keeps its ordinary gradient. Source: the authors' rule for the transitions of DenseNet.
+
+    Args:
+        grad: (N, C, *out), arriving at the output.
+        x: (N, C, *in), with one, two or three spatial dimensions. The rest as in ``torch.nn.functional.avg_pool2d``.
+
+    Returns:
+        (N, C, *in).
+
+    Example:
+        >>> x, grad = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 2, 2)
+        >>> avg_pool(grad, x, 2)[0, 0, 0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[x.dim() - 3]
+    o, transpose = _linearised(lambda s: pool(s, kernel_size, *args, **kwargs), x)
+    if o.shape[2:].numel() == 1:
+        return transpose(grad)
+    return _over(transpose(grad * o), x + EPS)
+
+
+def linear(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Hidden linear layer: the ordinary gradient, ``grad_x = W^T grad``.
+
+    Args:
+        grad: (..., O), arriving at the output.
+        x: (..., C), the input.
+        weight: (O, C). ``bias``: (O,) or None, not read.
+
+    Returns:
+        (..., C).
+
+    Example:
+        >>> linear(torch.tensor([[1.0]]), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
+    """
+    return grad @ weight
+
+
+def linear_head(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    f: float,
+    split: Split = "contributions",
+) -> Tensor:
+    """TSGB-FC: weigh the evidence against the target so that it balances the fraction f of the evidence for it.
+
+    With ``W+ = max(W, 0)``, ``W- = min(W, 0)``, and the bias left out::
+
+        z+ = W+ x        z- = W- x        beta = f * z+ / |z-|        (beta = 0 where z- = 0)
+        grad_x = W+^T grad + W-^T (beta * grad)
+
+    That is ``split="weights"``, the authors' form. ``split="contributions"`` is right for features of any sign::
+
+        z+ = sum max(w x, 0)        z- = sum min(w x, 0)
+
+    with each weight's gradient scaled by the side its contribution is on; for x >= 0 the two agree. Where ``x`` has
+    positions, (N, ..., C), z+ and z- are summed over them as in `conv_head`.
+
+    Args:
+        grad: (N, ..., O), arriving at the logits.
+        x: (N, ..., C), the features.
+        weight: (O, C). ``bias``: (O,) or None, not read.
+        f: the fraction, usually 0..1. 0 leaves the evidence for, 1 balances both sides exactly.
+        split: "contributions" or "weights".
+
+    Returns:
+        (N, ..., C). For x >= 0 and one target the relevance below the head sums to (1 - f) z+ of the target.
+
+    Example:
+        >>> x, weight, grad = torch.rand(1, 5), torch.randn(3, 5), torch.tensor([[0.0, 1.0, 0.0]])
+        >>> abs((x * linear_head(grad, x, weight, f=1.0)).sum().item()) < 1e-5
+        True
+    """
+    positions = tuple(range(1, x.dim() - 1))
+    return _head(functional.linear, grad, x, weight, f, split, positions)
+
+
+def conv_head(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    f: float,
+    split: Split = "contributions",
+) -> Tensor:
+    """TSGB-FC where the head is a convolution before pooling: one beta per image and class, over all positions.
+
+    ::
+
+        z+-_k = sum over positions p of grad_k(p) z+-_k(p)        beta_k = f * z+_k / |z-_k|
+        grad_x = conv^T(grad, W+) + conv^T(beta * grad, W-)
+
+    which is `linear_head` under global pooling. Where the arriving gradients of a class sum to less than zero (the class
+    that is subtracted in a difference of logits), z+ and z- are taken of their negative, as beta weighs evidence, not its sign.
+
+    Args:
+        grad: (N, O, *out), arriving at the output. ``x``: (N, C, *in). ``weight``: (O, C / groups, *k).
+        bias: (O,) or None, not read. The rest as in ``torch.nn.functional.conv2d``.
+        f: the fraction, usually 0..1. ``split``: "contributions" or "weights", see `linear_head`.
+
+    Returns:
+        (N, C, *in).
+
+    Example:
+        >>> x, weight = torch.rand(1, 5, 4, 4), torch.randn(3, 5, 1, 1)
+        >>> grad = torch.zeros(1, 3, 4, 4)
+        >>> grad[:, 1] = 1 / 16
+        >>> pooled = linear_head(grad.sum((2, 3)), x.mean((2, 3)), weight[:, :, 0, 0], f=0.75)
+        >>> torch.allclose(conv_head(grad, x, weight, f=0.75), pooled[:, :, None, None] / 16, atol=1e-5)
+        True
+    """
+    function = _convolution(weight)
+    args = (None, stride, padding, dilation, groups)
+    positions = tuple(range(2, x.dim()))
+    return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, positions)
+
+
+def activation(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+    """Elementwise activation: relevance passes unchanged, ``grad_x = grad * act(x) / x``, and act'(0) at 0.
+
+    Holds for act(0) = 0; an activation with act(0) != 0 (``clamp(x, 1, 2)``) keeps its ordinary gradient.
+
+    Args:
+        grad: any shape, arriving at the output.
+        x: the same shape, the input.
+        function: the activation, called as ``function(x, *args, **kwargs)``.
+
+    Returns:
+        The shape of ``x``; finite.
+
+    Example:
+        >>> x = torch.tensor([-2.0, 0.0, 3.0])
+        >>> activation(torch.ones(3), x, function=torch.nn.functional.silu)
+        tensor([0.1192, 0.5000, 0.9526])
+    """
+    if function(torch.zeros_like(x), *args, **kwargs).any():
+        return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
+    zero = x == 0
+    slope = function(x, *args, **kwargs) / torch.where(zero, 1, x)
+    if zero.any():
+        at_zero = _linearised(lambda s: function(s, *args, **kwargs), torch.zeros_like(x))[1](torch.ones_like(x))
+        slope = torch.where(zero, at_zero, slope)
+    return grad * slope
+
+
+def shift(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+    """Constant added or subtracted: relevance passes unchanged, ``grad_x = grad * o / x``.
+
+    So a network that normalises its own input, ``(x - mean) / std``, gets the map of the network that is fed the normalised
+    image. (A constant factor needs no rule: its ordinary gradient passes relevance.)
+
+    Args:
+        grad: any shape, arriving at the output. ``x``: the input, broadcast to it.
+        function: the operator, called as ``function(x, *args, **kwargs)``.
+
+    Returns:
+        The shape of ``x``; 0 where x = 0.
+
+    Example:
+        >>> shift(torch.ones(2), torch.tensor([2.0, 4.0]), 1.0, function=torch.sub)
+        tensor([0.5000, 0.7500])
+    """
+    relevance = (grad * function(x, *args, **kwargs)).sum_to_size(x.shape)
+    return torch.where(x == 0, 0, _over(relevance, x))
+
+
+def gate(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+    """Product of a signal and a gate: relevance goes to the signal, the gate is held constant, ``grad_x = grad * gate``.
+
+    Args:
+        grad: any shape, arriving at the product. ``x``: the signal, broadcast to it.
+        function: the product, called as ``function(x, *args, **kwargs)`` with the gate among ``args``; linear in ``x``.
+
+    Returns:
+        The shape of ``x``.
+
+    Example:
+        >>> gate(torch.ones(2), torch.tensor([5.0, 6.0]), torch.tensor([0.5, 0.1]), function=torch.mul)
+        tensor([0.5000, 0.1000])
+    """
+    return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
+
+
+def selectivity(hidden: bool) -> float:
+    """Choose f: 1 if a weighted layer on a vector or a 1 x 1 map lies between the topmost spatial convolution and the head.
+
+    Else 0.75: without a hidden layer f = 1 takes the evidence that the classes share away, and with it the object's extent.
+
+    Example:
+        >>> selectivity(hidden=True), selectivity(hidden=False)
+        (1.0, 0.75)
+    """
+    return 1.0 if hidden else 0.75
+
+
+def _share(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, Any, Any], groups: int, fields: int
+) -> Tensor:
+    """`conv` with the channels summed in so many fields."""
+    function = _convolution(weight)
+    if x.dim() < weight.dim():
+        return _share(grad[None], x[None], weight, bias, geometry, groups, fields)[0]
+    relevance = grad * function(x, weight, bias, *geometry, groups)
+    c = relevance.unflatten(1, (fields, -1)).sum(2)
+    size = x.abs().unflatten(1, (fields, -1)).sum(2)
+    ones = weight.new_ones(fields, 1, *weight.shape[2:])
+    n, transpose = _linearised(lambda s: function(s, ones, None, *geometry, fields), size)
+    # A fast convolution may return a rounding error below zero where n is 0.
+    field = transpose(c / (n.clamp(min=0) + EPS))
+    return x.sign() * field.repeat_interleave(x.shape[1] // fields, 1)
+
+
+def _head(
+    function: Callable[[Tensor, Tensor], Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    f: float,
+    split: Split,
+    positions: tuple[int, ...],
+) -> Tensor:
+    """TSGB-FC for any ``function(x, weight)`` that is linear in both."""
+    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
+    # Each part of x with the weights that speak for the class there, and those that speak against it.
+    parts = [(torch.ones_like(x), positive, negative)]
+    if split == "contributions" and (x < 0).any():
+        parts = [((x >= 0).to(x.dtype), positive, negative), ((x < 0).to(x.dtype), negative, positive)]
+    z_for, z_against = torch.zeros_like(grad), torch.zeros_like(grad)
+    pulls = []
+    for mask, supporting, opposing in parts:
+        o, pull_for = _linearised(lambda s, w=supporting: function(s, w), x * mask)
+        z_for = z_for + o
+        o, pull_against = _linearised(lambda s, w=opposing: function(s, w), x * mask)
+        z_against = z_against + o
+        pulls.append((mask, pull_for, pull_against))
+    if positions:
+        weighting = grad * torch.where(grad.sum(positions, keepdim=True) < 0, -1, 1)
+        z_for = (weighting * z_for).sum(positions, keepdim=True)
+        z_against = (weighting * z_against).sum(positions, keepdim=True)
+    beta = torch.where(z_against == 0, 0, f * z_for / torch.where(z_against == 0, 1, z_against).abs())
+    below = torch.zeros_like(x)
+    for mask, pull_for, pull_against in pulls:
+        below = below + mask * (pull_for(grad) + pull_against(beta * grad))
+    return below
+
+
+def _convolution(weight: Tensor) -> Callable[..., Tensor]:
+    return (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+
+
+def _linearised(function: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``function(x)`` and the transpose of its derivative there, by autograd."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        o = function(x)
+    return o.detach(), lambda grad: torch.autograd.grad(o, x, grad, retain_graph=True)[0]
+
+
+def _over(relevance: Tensor, x: Tensor) -> Tensor:
+    """``relevance / x``, kept finite: x + 1e-10 may be 0, and relevance / x may be past the type's range."""
+    largest = torch.finfo(x.dtype).max
+    return (relevance / torch.where(x == 0, EPS, x)).clamp(-largest, largest)
+
+
+_ACTIVATIONS = (
+    functional.relu,
+    functional.relu6,
+    functional.hardtanh,
+    functional.leaky_relu,
+    functional.prelu,
+    functional.rrelu,
+    functional.elu,
+    functional.selu,
+    functional.celu,
+    functional.gelu,
+    functional.silu,
+    functional.mish,
+    functional.hardswish,
+    functional.softsign,
+    functional.hardshrink,
+    functional.softshrink,
+    functional.tanhshrink,
+    functional.threshold,
+    torch.tanh,
+    torch.clamp,
+    torch.clamp_min,
+    torch.clip,
+)
+
+# Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
+_KEEPING = (
+    (torch.add, torch.sub, torch.rsub, torch.neg, torch.mul, torch.div, torch.sum, torch.mean, torch.nanmean),
+    (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.where, torch.maximum),
+    (torch.minimum, torch.max, torch.min, torch.amax, torch.amin, torch.Tensor.masked_fill, torch.cumsum, torch.lerp),
+    (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool1d),
+    (functional.adaptive_max_pool2d, functional.adaptive_max_pool3d, functional.adaptive_avg_pool1d),
+    (functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d, functional.avg_pool1d, functional.avg_pool2d),
+    (functional.avg_pool3d, functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
+    (functional.alpha_dropout, functional.feature_alpha_dropout, functional.interpolate, functional.upsample),
+    (functional.pad, functional.pixel_shuffle, functional.pixel_unshuffle, torch.channel_shuffle, functional.unfold),
+    (functional.fold, torch.flatten, torch.Tensor.unflatten, torch.reshape, torch.Tensor.view, torch.Tensor.view_as),
+    (torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.reshape_as, torch.permute, torch.transpose, torch.t),
+    (torch.swapaxes, torch.swapdims, torch.movedim, torch.moveaxis, torch.squeeze, torch.unsqueeze, torch.narrow),
+    (torch.select, torch.index_select, torch.gather, torch.take, torch.chunk, torch.split, torch.tensor_split),
+    (torch.split_with_sizes, torch.unbind, torch.roll, torch.flip, torch.rot90, torch.clone, torch.Tensor.contiguous),
+    (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double),
+    (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.repeat, torch.tile),
+    (torch.repeat_interleave, torch.diagonal, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_),
+    (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.positive, torch.ravel),  # type: ignore[attr-defined]
+)
+_KEPT: Table = {operator: ORDINARY for group in _KEEPING for operator in group}
+
+
+def _head_table(split: Split) -> Table:
+    convolutions = dict.fromkeys(
+        (functional.conv1d, functional.conv2d, functional.conv3d), partial(conv_head, split=split)
+    )
+    return {functional.linear: partial(linear_head, split=split), **convolutions}
+
+
+#: The method as the authors run it.
+PAPER: Table = {
+    **_KEPT,
+    **dict.fromkeys(_ACTIVATIONS, ORDINARY),
+    **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus), ORDINARY),
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
+    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
+    functional.batch_norm: batch_norm,
+    functional.linear: linear,
+    HEAD: _head_table("weights"),
+    F: 1.0,
+}
+
+#: The method with our corrections: groups apart, contributions split, relevance passing activations, shifts and gates.
+DEFAULT: Table = {
+    **PAPER,
+    **{act: partial(activation, function=act) for act in _ACTIVATIONS},
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
+    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
+    CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
+    GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
+    HEAD: _head_table("contributions"),
+    F: selectivity,
+}
