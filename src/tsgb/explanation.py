@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -40,7 +40,12 @@ class Explanation:
     coverage: list[Row]
     why_empty: list[list[str | None]]
     f: float
-    images: Any = field(repr=False)
+    images: Any
+
+    def __repr__(self) -> str:
+        """Summarise: an explanation holds too many numbers to print."""
+        shape = [tuple(m.shape) for m in self.maps] if isinstance(self.maps, tuple) else tuple(self.maps.shape)
+        return f"Explanation(maps={shape}, targets={self.targets.tolist()}, f={self.f:g})"
 
     def overlay(
         self,

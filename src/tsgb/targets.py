@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TargetError", "class_index", "find_logits", "names_of", "prepare", "resolve", "scores"]
+__all__ = ["TargetError", "class_index", "find_logits", "is_top", "names_of", "prepare", "resolve", "scores"]
 
 Target = int | str | Sequence[Any] | Tensor | Callable[[Any], Tensor] | None
 
@@ -110,6 +110,16 @@ def class_index(name: str, names: Sequence[str] | None) -> int:
     raise TargetError(f"target {name!r} is no class of the model: {hint}")
 
 
+def is_top(word: str) -> bool:
+    """Tell whether a target asks for the K most probable classes.
+
+    Example:
+        >>> is_top("top5"), is_top("laptop")
+        (True, False)
+    """
+    return _TOP.fullmatch(word.strip()) is not None
+
+
 def prepare(target: Target, count: int, names: Sequence[str] | None = None) -> Target:
     """Check a target as far as that goes without a model's output; nothing is broadcast or cut.
 
@@ -133,7 +143,7 @@ def prepare(target: Target, count: int, names: Sequence[str] | None = None) -> T
     if target is None or (callable(target) and not isinstance(target, Tensor)):
         return target
     if isinstance(target, str):
-        if _TOP.fullmatch(target) and target not in (names or ()):
+        if is_top(target) and target not in (names or ()):
             return target
         target = class_index(target, names)
     came = indices = _integers(target, count, names)
@@ -173,7 +183,7 @@ def resolve(target: Target, logits: Tensor) -> Tensor:
     if target is None:
         return logits.detach().argmax(1, keepdim=True).cpu()
     if isinstance(target, str):
-        k = int(target[3:])
+        k = int(target.strip()[3:])
         if not 1 <= k <= classes:
             raise TargetError(f"target {target!r} must ask for 1 to {classes} classes, as the model has {classes}")
         return logits.detach().topk(k, dim=1).indices.cpu()

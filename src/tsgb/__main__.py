@@ -1,0 +1,5 @@
+"""`python -m tsgb` is the command `tsgb`."""
+
+from .cli import main
+
+main()

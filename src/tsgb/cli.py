@@ -1,0 +1,223 @@
+"""The command `tsgb`: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Show which pixels of an image speak for a class, for any convolutional network.",
+)
+
+SCENE = 11, 384  # the bundled scene's seed and size
+
+Model = Annotated[
+    str,
+    typer.Option(help="bundled, bundled-vgg, a torchvision name, timm:NAME, or path/file.py:factory.", metavar="M"),
+]
+Weights = Annotated[Path | None, typer.Option(help="State dict, .pth or .safetensors; else the library's own.", metavar="FILE")]
+Size = Annotated[str | None, typer.Option(help="Input size of the network: 224, or HEIGHTxWIDTH.")]
+Mean = Annotated[str | None, typer.Option(help="Mean of the pixels in 0..1: one number or R,G,B.")]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of the pixels in 0..1: one number or R,G,B.")]
+Resize = Annotated[str | None, typer.Option(help="squash the whole picture, or crop its centre.", metavar="squash|crop")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"tsgb {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def explain(
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Picture files or folders of them; none: a bundled scene.", metavar="IMAGE...")
+    ] = None,
+    model: Model = "bundled",
+    weights: Weights = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Class index, class name or topK; may be repeated. Default: the predicted class.", metavar="T"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="tsgb, or tsgb-paper: as the paper's authors run it.")] = "tsgb",
+    f: Annotated[
+        float | None, typer.Option(help="Share of the evidence for the class that evidence against it balances, 0..1.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.", metavar="DIR")] = Path("tsgb-out"),
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+) -> None:
+    """Explain pictures: for each target an overlay (.png) and the raw map (.npy), and one record.json.
+
+    A bad picture among good ones is reported and the rest is done. Pictures of more than 100 million pixels are refused.
+    """
+    from . import pictures, report
+
+    if method not in report.METHODS:
+        _wrong_call(f"--method must be one of {', '.join(report.METHODS)}, got {method!r}")
+    if f is not None and not 0 <= f <= 1:
+        _wrong_call(f"--f must be from 0 to 1, got {f}")
+    with _told():
+        network = _load(model, weights, size, mean, std, resize)
+        wanted = list(target or [])
+        if images:
+            paths = pictures.collect(images)
+        else:
+            path, classes = _scene(out)
+            paths = [path]
+            if not wanted and tuple(network.names or ()) == _scene_classes():
+                wanted = [str(index) for index in classes]
+        with typer.progressbar(length=len(paths), file=sys.stderr, label="explaining", hidden=len(paths) == 1 or not sys.stderr.isatty()) as bar:
+            found = report.explain_files(network, paths, wanted, out, method=method, f=f, done=bar.update)
+    for line in _lines(found.entries, out):
+        typer.echo(line)
+    for file in found.files:
+        if file.stem.endswith("_sheet"):
+            typer.echo(f"all targets of a picture: {file}")
+    for line in found.problems:
+        typer.echo(f"tsgb: {line}", err=True)
+    for name in sorted({row[0] for entry in found.entries for row in entry["coverage"] if row[1] is None}):
+        typer.echo(f"tsgb: no rule for {name}, which kept its ordinary gradient: see tsgb doctor", err=True)
+    if found.entries:
+        typer.echo(f"record: {out / 'record.json'}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    model: Model = "bundled",
+    weights: Weights = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+) -> None:
+    """Tell what of a model has a rule, and check that its maps hold up."""
+    with _told():
+        network = _load(model, weights, size, mean, std, resize)
+        from . import doctor as examination
+
+        found = examination.examine(network.model, _sample(network))
+    typer.echo(f"{network.spec}, weights {network.weights}, f = {found.f:g}\n")
+    width = max(len(name) for name, _, _ in found.coverage)
+    typer.echo(f"{'operator':{width}}  {'rule':14} calls")
+    for name, rule, count in found.coverage:
+        typer.echo(f"{name:{width}}  {rule or 'none':14} {count:5}")
+    typer.echo("")
+    for check in found.checks:
+        typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
+    if not all(check.passed for check in found.checks):
+        raise typer.Exit(1)
+
+
+def _load(
+    model: str, weights: Path | None, size: str | None, mean: str | None, std: str | None, resize: str | None
+) -> Any:
+    from . import models
+
+    sides = None if size is None else _numbers("--size", size, "x", int, (1, 2))
+    return models.load(
+        model,
+        weights,
+        size=sides[0] if sides and len(sides) == 1 else sides,
+        mean=_colours("--mean", mean),
+        std=_colours("--std", std),
+        resize=resize,
+    )
+
+
+def _colours(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    values = _numbers(option, text, ",", float, (1, 3))
+    return values * 3 if len(values) == 1 else values
+
+
+def _numbers(
+    option: str, text: str, separator: str, kind: Callable[[str], Any], counts: tuple[int, int]
+) -> tuple[Any, ...]:
+    try:
+        values = tuple(kind(part) for part in text.split(separator))
+    except ValueError:
+        values = ()
+    if len(values) not in counts:
+        _wrong_call(f"{option} must be {counts[0]} or {counts[1]} numbers with {separator!r} between, got {text!r}")
+    return values
+
+
+def _scene_classes() -> tuple[str, ...]:
+    from .scenes import CLASSES
+
+    return CLASSES
+
+
+def _scene(out: Path) -> tuple[Path, tuple[int, ...]]:
+    """Write the bundled scene to the output folder and name its classes."""
+    from PIL import Image
+
+    from . import render, scenes
+
+    seed, size = SCENE
+    scene = scenes.render(seed, count=2, size=size)
+    render.save(Image.fromarray(scene.picture), out / "scene.png")
+    return out / "scene.png", scene.classes
+
+
+def _sample(network: Any) -> Any:
+    """Two pictures that any network takes: a bundled scene, and the same in other colours and upside down."""
+    import torch
+    from PIL import Image
+
+    from . import scenes
+
+    picture = Image.fromarray(scenes.render(SCENE[0], count=2, size=SCENE[1]).picture)
+    other = Image.merge("RGB", picture.split()[::-1]).transpose(Image.Transpose.ROTATE_180)
+    images = torch.stack([network.preprocessing.tensor(shown) for shown in (picture, other)])
+    held = next(network.model.parameters(), images)
+    return images.to(held.device, held.dtype)
+
+
+def _lines(entries: list[dict[str, Any]], out: Path) -> list[str]:
+    from .report import caption
+
+    lines = []
+    for entry in entries:
+        empty = f": empty map: {entry['why_empty']}" if entry["why_empty"] else ""
+        lines.append(f"{entry['image']}: {caption(entry)} -> {out / entry['overlay']}{empty}")
+    return lines
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what a user can mend into one line on standard error and exit status 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("tsgb: interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
+        typer.echo(f"tsgb: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _wrong_call(message: str) -> NoReturn:
+    raise typer.BadParameter(message)
+
+
+def main() -> None:
+    """Run the command, as `tsgb` and `python -m tsgb` do."""
+    app(prog_name="tsgb")

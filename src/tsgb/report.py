@@ -1,0 +1,223 @@
+"""Explain picture files into a folder: overlays, raw maps, a contact sheet for each picture, and one record of it all."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import pictures, render, rules, targets
+from .attribution import explain
+from .explanation import Explanation
+from .models import Network
+
+METHODS: dict[str, rules.Table] = {"tsgb": rules.DEFAULT, "tsgb-paper": rules.PAPER}
+
+#: What goes wrong with one picture and leaves the others alone.
+PROBLEMS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError)
+
+
+@dataclass
+class Report:
+    """What became of the pictures: the entries of the record, the files written, and one line for each problem."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def explain_files(
+    network: Network,
+    paths: Sequence[Path],
+    wanted: Sequence[str],
+    out: Path,
+    *,
+    method: str = "tsgb",
+    f: float | None = None,
+    done: Callable[[int], None] = lambda count: None,
+) -> Report:
+    """Explain picture files one by one; a bad one is reported and the rest is done.
+
+    For each picture and target ``<stem>_<class>.png`` (the overlay on the original picture) and ``.npy`` (the raw signed map in
+    the network's pixels, float32); for several targets ``<stem>_sheet.png``; for all of them ``record.json``, which is also
+    written for what was done when the run is interrupted. If no picture can be explained nothing is written.
+
+    Args:
+        network: what `tsgb.load` returns.
+        paths: the pictures, see `pictures.collect`.
+        wanted: targets for every picture: class indices, class names, "top5". Empty for the predicted class.
+        out: the folder, made when the first file is written.
+        method: a name of `METHODS`. ``f``: as in `explain`.
+        done: called with 1 after each picture, good or bad.
+
+    Raises:
+        TargetError: a target is no class of the model.
+        ValueError: an output would replace one of the pictures.
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile, tsgb
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     render.save(Image.new("RGB", (200, 100), "red"), f"{folder}/red.png")
+        ...     report = explain_files(tsgb.load("bundled"), [Path(f"{folder}/red.png")], ["0", "1"], Path(folder))
+        ...     [file.name for file in report.files]
+        ['red_0.png', 'red_0.npy', 'red_1.png', 'red_1.npy', 'red_sheet.png', 'record.json']
+    """
+    asked = [_asked(word, network.names) for word in wanted]
+    inputs = {path.resolve() for path in paths}
+    report = Report()
+    try:
+        for path, stem in zip(paths, pictures.labels(paths), strict=True):
+            try:
+                picture = pictures.read(path)
+                digest = pictures.sha256(path)
+                tensor = network.preprocessing.tensor(picture)[None]
+                held = next(network.model.parameters(), tensor)
+                tensor = tensor.to(held.device, held.dtype)
+                explanation = explain(
+                    network.model, tensor, _target(network.model, tensor, asked), rules=METHODS[method], f=f
+                )
+                entries = _entries(network, path, digest, picture, explanation, method, stem)
+            except targets.TargetError:
+                raise  # it would fail for every picture
+            except PROBLEMS as error:
+                report.problems.append(_line(path, error))
+                done(1)
+                continue
+            report.files += _write(picture, explanation, entries, out, stem, inputs, network)
+            report.entries += entries
+            done(1)
+    finally:
+        if report.entries:
+            render.save_text(json.dumps({"entries": report.entries}, indent=1, allow_nan=False) + "\n", out / "record.json")
+            report.files.append(out / "record.json")
+    return report
+
+
+def _asked(word: str, names: Sequence[str] | None) -> int | str:
+    """A target as the command line gives it: an index, a name or topK."""
+    if word.strip().lstrip("-").isdigit():
+        return int(word)
+    if targets.is_top(word) and word not in (names or ()):
+        return word.strip().lower()
+    return targets.class_index(word, names)
+
+
+def _target(model: Any, tensor: Tensor, asked: Sequence[int | str]) -> Any:
+    """The targets of one image as `explain` takes them; topK beside others needs the logits first."""
+    if not asked:
+        return None
+    if len(asked) == 1:
+        return asked[0]
+    if all(isinstance(item, int) for item in asked):
+        return [list(dict.fromkeys(asked))]
+    with torch.inference_mode():
+        logits = targets.find_logits(model(tensor))
+    found = [
+        index
+        for item in asked
+        for index in ([item] if isinstance(item, int) else targets.resolve(item, logits)[0].tolist())
+    ]
+    return [list(dict.fromkeys(found))]
+
+
+def _entries(
+    network: Network, path: Path, digest: str, picture: Image.Image, e: Explanation, method: str, stem: str
+) -> list[dict[str, Any]]:
+    probabilities = e.logits.float().softmax(1)
+    entries = []
+    for k, index in enumerate(e.targets[0].tolist()):
+        entries.append(
+            {
+                "image": str(path),
+                "image_sha256": digest,
+                "image_size": list(picture.size),
+                "model": network.spec,
+                "weights": network.weights,
+                "weights_sha256": network.weights_sha256,
+                "preprocessing": network.preprocessing.record(),
+                "target": index,
+                "target_name": network.names[index] if network.names else None,
+                "logit": _number(e.logits[0, index]),
+                "probability": _number(probabilities[0, index]),
+                "method": method,
+                "rules": "PAPER" if METHODS[method] is rules.PAPER else "DEFAULT",
+                "f": e.f,
+                "coverage": [list(row) for row in e.coverage],
+                "why_empty": e.why_empty[0][k],
+                "overlay": f"{stem}_{index}.png",
+                "map": f"{stem}_{index}.npy",
+                "versions": versions(),
+            }
+        )
+    return entries
+
+
+def _write(
+    picture: Image.Image,
+    e: Explanation,
+    entries: list[dict[str, Any]],
+    out: Path,
+    stem: str,
+    inputs: set[Path],
+    network: Network,
+) -> list[Path]:
+    names = [entry[kind] for entry in entries for kind in ("overlay", "map")]
+    if len(entries) > 1:
+        names.append(f"{stem}_sheet.png")
+    for name in (*names, "record.json"):
+        if (out / name).resolve() in inputs:
+            raise ValueError(f"{out / name} is one of the pictures to explain and would be replaced: choose another --out")
+    overlays = []
+    for k, entry in enumerate(entries):
+        map = e.maps[0, k].cpu().numpy()
+        overlay = render.overlay(picture, network.preprocessing.restore(map, picture.size))
+        render.save(overlay, out / entry["overlay"])
+        render.save_map(map, out / entry["map"])
+        overlays.append((caption(entry), overlay))
+    if len(entries) > 1:
+        render.save(render.sheet(picture, overlays), out / names[-1])
+    return [out / name for name in names]
+
+
+def caption(entry: dict[str, Any]) -> str:
+    """Name an entry's target, with its probability.
+
+    Example:
+        >>> caption({"target": 3, "target_name": "cat", "probability": 0.25})
+        '3 cat, 25.0 %'
+    """
+    name = f" {entry['target_name']}" if entry["target_name"] else ""
+    share = "" if entry["probability"] is None else f", {100 * entry['probability']:.1f} %"
+    return f"{entry['target']}{name}{share}"
+
+
+def versions() -> dict[str, str]:
+    """Name the releases that a map depends on.
+
+    Example:
+        >>> sorted(versions())[:3]
+        ['numpy', 'pillow', 'python']
+    """
+    loaded = [name for name in ("torchvision", "timm") if name in sys.modules]
+    found = {name: version(name) for name in ("tsgb", "torch", "numpy", "pillow", *loaded)}
+    return {**found, "python": platform.python_version()}
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if value.isfinite() else None
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """One line for a problem, which names the file."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if str(path) in message else f"{path}: {message}"
