@@ -1,10 +1,10 @@
 """Target-Selective Gradient Backprop: which pixels of an image speak for a class, for any convolutional network.
 
-    >>> import tsgb, torch
-    >>> network = tsgb.load("bundled")
-    >>> e = tsgb.explain(network.model, torch.rand(1, 3, 128, 128), target="top2")
-    >>> e.maps.shape
-    torch.Size([1, 2, 128, 128])
+>>> import tsgb, torch
+>>> network = tsgb.load("bundled")
+>>> e = tsgb.explain(network.model, torch.rand(1, 3, 128, 128), target="top2")
+>>> e.maps.shape
+torch.Size([1, 2, 128, 128])
 """
 
 from importlib.metadata import version

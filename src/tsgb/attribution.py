@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import checks, targets
 from . import rules as rule_tables
-from . import targets
 from .backprop import Backprop, CoverageError, recording
 from .explanation import Explanation, Row
 from .targets import Target
@@ -21,6 +21,7 @@ __all__ = ["TSGB", "explain"]
 # Stands for 0 in an image, so that x * gradient has something to carry where a model shifts its own input and the black
 # pixel gets evidence. Too small to change any activation. float16 has no such number, and keeps its zeros.
 _NOTHING = 1e-30
+
 
 def explain(
     model: Callable[..., Any],
@@ -35,16 +36,16 @@ def explain(
 ) -> Explanation:
     """Explain a convolutional network's output: which pixels of each image speak for each target.
 
-    map = sum over channels of image * gradient, where the gradient is TSGB's (see `tsgb.rules`): one forward for all targets
-    and one backward for each. The model is only read: its modules, hooks, flags, weights, ``.grad``, mode and the random
-    state are the same afterwards. Safe in threads that share a model.
+    map = sum over channels of image * gradient, where the gradient is TSGB's (see `tsgb.rules`): one forward for all
+    targets and one backward for each. The model is only read: its modules, hooks, flags, weights, ``.grad``, mode and
+    the random state are the same afterwards. Safe in threads that share a model.
 
     Args:
         model: a module in evaluation mode, or any callable that runs one.
         images: (N, C, H, W) floating, as the model expects them, on its device; also one or three spatial dimensions. A
             tuple where the model takes several inputs, all of which are explained.
-        target: None for the predicted class; an int for all images; a list or tensor of N ints; K for each image as (N, K); a
-            class name where the model has ``names``; "top5"; or ``fn(output) -> (N,)``.
+        target: None for the predicted class; an int for all images; a list or tensor of N ints; K for each image as (N,
+            K); a class name where the model has ``names``; "top5"; or ``fn(output) -> (N,)``.
         rules: a table, `tsgb.rules.DEFAULT` or `tsgb.rules.PAPER` or one of your own.
         f: how much of the evidence for the target the evidence against it is to balance, 0..1; None takes the table's.
         forward_kwargs: what else the model's forward takes. Tensors of length N count as one row an image.
@@ -69,7 +70,8 @@ def explain(
         (torch.Size([2, 2, 128, 128]), [[0, 4], [1, 2]])
     """
     inputs = images if isinstance(images, tuple) else (images,)
-    parts = list(_parts(model, inputs, target, rules, f, (), dict(forward_kwargs or {}), batch_size, strict, _pooled))
+    request = _Request(model, rules, f, (), dict(forward_kwargs or {}), strict, _pooled)
+    parts = list(_parts(request, inputs, target, batch_size))
     maps = tuple(torch.cat([part.relevance[i] for part in parts]) for i in range(len(inputs)))
     rows: dict[tuple[str, str | None], int] = {}
     for operator, rule, count in (row for part in parts for row in part.coverage):
@@ -77,7 +79,9 @@ def explain(
     return Explanation(
         maps=maps if isinstance(images, tuple) else maps[0],
         targets=torch.cat([part.targets for part in parts]),
-        logits=None if parts[0].logits is None else torch.cat([part.logits for part in parts if part.logits is not None]),
+        logits=None
+        if parts[0].logits is None
+        else torch.cat([part.logits for part in parts if part.logits is not None]),
         coverage=[(operator, rule, count) for (operator, rule), count in rows.items()],
         why_empty=[reasons for part in parts for reasons in part.why_empty],
         f=parts[0].f,
@@ -152,8 +156,8 @@ class TSGB:
         values = inputs if isinstance(inputs, tuple) else (inputs,)
         extra = additional_forward_args
         args = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
-        settings = (self._rules, self._f, args, {}, batch_size, self._strict)
-        parts = list(_parts(self.forward_func, values, target, *settings, _whole))
+        request = _Request(self.forward_func, self._rules, self._f, args, {}, self._strict, _whole)
+        parts = list(_parts(request, values, target, batch_size))
         if parts[0].targets.shape[1] != 1:
             raise targets.TargetError(
                 f"attribute takes one class an image, got {parts[0].targets.shape[1]}: tsgb.explain takes several"
@@ -162,6 +166,19 @@ class TSGB:
             torch.cat([part.relevance[i] for part in parts])[:, 0].to(value.dtype) for i, value in enumerate(values)
         )
         return found if isinstance(inputs, tuple) else found[0]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of a model, but for the images and the targets."""
+
+    model: Callable[..., Any]
+    table: rule_tables.Table
+    f: float | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    strict: bool
+    reduce: Callable[[Tensor], Tensor]  # from the relevance of an input to what is kept of it
 
 
 @dataclass(frozen=True)
@@ -185,23 +202,12 @@ def _whole(relevance: Tensor) -> Tensor:
     return relevance
 
 
-def _parts(
-    model: Callable[..., Any],
-    inputs: tuple[Tensor, ...],
-    target: Target,
-    table: rule_tables.Table,
-    f: float | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    batch_size: int | None,
-    strict: bool,
-    reduce: Callable[[Tensor], Tensor],
-) -> Iterator[_Part]:
-    count = _check_inputs(inputs)
-    _check_mode(model)
+def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_size: int | None) -> Iterator[_Part]:
+    count = checks.check_inputs(inputs)
+    checks.check_mode(request.model)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive int or None, got {batch_size!r}")
-    target = targets.prepare(target, count, targets.names_of(model))
+    target = targets.prepare(target, count, targets.names_of(request.model))
     step = batch_size or count
     for start in range(0, count, step):
         rows = slice(start, start + step)
@@ -210,41 +216,24 @@ def _parts(
             per_image = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
             return value[rows] if per_image else value
 
-        part = _explain(
-            model,
-            tuple(x[rows] for x in inputs),
-            cut(target),
-            table,
-            f,
-            tuple(cut(value) for value in args),
-            {key: cut(value) for key, value in kwargs.items()},
-            reduce,
-        )
+        args, kwargs = tuple(map(cut, request.args)), {key: cut(value) for key, value in request.kwargs.items()}
+        part = _explain(replace(request, args=args, kwargs=kwargs), tuple(x[rows] for x in inputs), cut(target))
         missed = sorted({operator for operator, rule, _ in part.coverage if rule is None})
-        if strict and missed:
+        if request.strict and missed:
             raise CoverageError(
-                f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, where "
-                "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
+                f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}} "
+                "where rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
             )
         yield part
 
 
-def _explain(
-    model: Callable[..., Any],
-    inputs: tuple[Tensor, ...],
-    target: Target,
-    table: rule_tables.Table,
-    f: float | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    reduce: Callable[[Tensor], Tensor],
-) -> _Part:
+def _explain(request: _Request, inputs: tuple[Tensor, ...], target: Target) -> _Part:
     count = len(inputs[0])
     with torch.inference_mode(False), torch.enable_grad(), _random_state(inputs[0].device):
         leaves = tuple(_leaf(x) for x in inputs)
         images = tuple(leaf.clone() for leaf in leaves)
-        with recording(table, f) as run:
-            output = _forward(model, images, args, kwargs)
+        with recording(request.table, request.f) as run:
+            output = _forward(request.model, images, request.args, request.kwargs)
         if callable(target):
             scores = [targets.scores(target, output, count)]
             seeds = [torch.ones_like(scores[0])]
@@ -252,7 +241,7 @@ def _explain(
             logits = _logits_if_any(output)
         else:
             logits = targets.find_logits(output)
-            indices = targets.resolve(target, _check_logits(logits, count))
+            indices = targets.resolve(target, checks.check_logits(logits, count))
             scores = [logits] * indices.shape[1]
             seeds = [_one_hot(indices[:, k], logits) for k in range(indices.shape[1])]
         run.find_heads(scores[0])
@@ -264,8 +253,8 @@ def _explain(
                 grads = torch.autograd.grad(score, leaves, seed, retain_graph=k + 1 < len(scores), allow_unused=True)
             relevance = [_relevance(x, leaf, grad) for x, leaf, grad in zip(inputs, leaves, grads, strict=True)]
             maps = [_pooled(r) for r in relevance]
-            _check_maps(maps)
-            columns.append([reduce(r) for r in relevance])
+            checks.check_maps(maps)
+            columns.append([request.reduce(r) for r in relevance])
             reasons.append(_why_empty(run, leaves, maps))
     return _Part(
         relevance=[torch.stack(column, 1) for column in zip(*columns, strict=True)],
@@ -285,7 +274,7 @@ def _leaf(image: Tensor) -> Tensor:
 
 
 def _relevance(image: Tensor, leaf: Tensor, grad: Tensor | None) -> Tensor:
-    """Image * gradient in float32 at least; what a zero pixel carries is kept if it is more than its stand-in's trace."""
+    """Image * gradient in float32 at least; a zero pixel keeps what it carries if that is more than a trace."""
     dtype = torch.promote_types(image.dtype, torch.float32)
     if grad is None:
         return torch.zeros_like(leaf, dtype=dtype).detach()
@@ -297,73 +286,21 @@ def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_(1, classes[:, None].to(logits.device), 1)
 
 
-def _forward(model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward(
+    model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     try:
         return model(*images, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError) as error:
         held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
         if held is not None and held.device != images[0].device:
             raise ValueError(
-                f"images must be on the model's device {held.device}, got {images[0].device}: images.to({str(held.device)!r})"
+                f"images must be on the model's device {held.device}, got {images[0].device}: "
+                f"call images.to({str(held.device)!r})"
             ) from error
         if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
             raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
         raise
-
-
-def _check_inputs(inputs: tuple[Tensor, ...]) -> int:
-    if not inputs:
-        raise ValueError("images must be a tensor (N, C, H, W) or a tuple of tensors, got an empty tuple")
-    for x in inputs:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"images must be a floating tensor (N, C, H, W), got {type(x).__name__}")
-        if not x.is_floating_point():
-            dtype = str(x.dtype).removeprefix("torch.")
-            raise TypeError(f"images must be floating, as the model expects them, got {dtype}: preprocess them first")
-    first = inputs[0]
-    if first.dim() not in (3, 4, 5) and len(inputs) == 1:
-        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(first.shape)}")
-    count = len(first) if first.dim() else 0
-    if any(x.dim() < 2 or len(x) != count for x in inputs) or count == 0 or any(x.numel() == 0 for x in inputs):
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ValueError(f"images must have shape (N, C, H, W) with N and all sizes at least 1, got {shapes}")
-    for x in inputs:
-        finite = x.isfinite().flatten(1).all(1)
-        if not finite.all():
-            raise ValueError(f"images must be finite, but image {int((~finite).nonzero()[0])} holds NaN or infinity")
-    return count
-
-
-_STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")  # torchvision's, timm's
-
-
-def _check_mode(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        return
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        rate = getattr(module, "p", getattr(module, "drop_prob", 1.0))
-        random = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _STOCHASTIC_DEPTH
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (random and rate):
-            raise RuntimeError(
-                f"the model is in training mode: {type(module).__name__} {name!r} would use the batch or random numbers. "
-                "Call model.eval() first"
-            )
-
-
-def _check_logits(logits: Tensor, count: int) -> Tensor:
-    if not logits.requires_grad:
-        raise CoverageError(
-            "the model's output does not depend on the images through differentiable operations: it is detached, computed "
-            "under torch.no_grad(), or the model is scripted or quantised"
-        )
-    if logits.dim() == 2 and len(logits) != count:
-        raise targets.TargetError(f"the model must return one row of logits an image, {count}, got {tuple(logits.shape)}")
-    broken = logits.detach().isnan().flatten(1).any(1) if logits.dim() > 1 else logits.detach().isnan()
-    if broken.any():
-        raise ValueError(f"the model's logits for image {int(broken.nonzero()[0])} are NaN")
-    return logits
 
 
 def _logits_if_any(output: Any) -> Tensor | None:
@@ -371,16 +308,6 @@ def _logits_if_any(output: Any) -> Tensor | None:
         return targets.find_logits(output)
     except targets.TargetError:
         return None
-
-
-def _check_maps(maps: list[Tensor]) -> None:
-    for values in maps:
-        broken = ~values.isfinite().flatten(1).all(1)
-        if broken.any():
-            raise FloatingPointError(
-                f"the map of image {int(broken.nonzero()[0])} is not finite: the model's values leave the range of its type; "
-                "use float32"
-            )
 
 
 def _why_empty(run: Backprop, leaves: tuple[Tensor, ...], maps: list[Tensor]) -> list[str | None]:

@@ -1,15 +1,16 @@
 """The mechanism: apply a table of rules to any model during one forward and one backward, without touching the model.
 
-A `Backprop` sees every torch call that the model makes in its thread. Where the table has a rule the operator runs as one
-autograd function whose backward is the rule; all else runs as it is. The graph that autograd builds then *is* the method:
-its gradient at the image is TSGB's. No operator is named here; the table names them, `operators` reads their spellings.
+A `Backprop` sees every torch call that the model makes in its thread. Where the table has a rule the operator runs as
+one autograd function whose backward is the rule; all else runs as it is. The graph that autograd builds then *is* the
+method: its gradient at the image is TSGB's. No operator is named here; the table names them, `operators` reads their
+spellings.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,22 +43,29 @@ class _Ruling:
     rule: Callable[..., Tensor]
     head_rule: Callable[..., Tensor] | None  # for operators that carry weights: the rule where they are the head
     on_vector: bool = False
+    is_constant: bool = False
+    is_ordinary: bool = False  # set on constants above the head: they are its bias, which the head leaves out
     f: float | None = None  # set on the heads
     arrived: Tensor | None = None  # of a head: per image, whether any gradient arrived in this backward
 
-    def run(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.call.args[1:], **self.call.kwargs)
+    def backward(self, grad: Tensor, x: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """Apply the rule in float32 at least, and hand on what the type of x can hold.
 
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Apply the rule in float32 at least, and hand on what the type of x can hold."""
+        ``others`` are the tensors among the call's other arguments, as they were at the call.
+        """
+        tensors = iter(others)
+        args, kwargs = _map(lambda _: _single(next(tensors)), (self.call.args[1:], self.call.kwargs))
         with torch.autocast(x.device.type, enabled=False):
-            args, kwargs = _map(_single, (grad, x, *self.call.args[1:])), _map(_single, self.call.kwargs)
-            if self.f is None:
-                grad_x = self.rule(*args, **kwargs)
+            if self.is_ordinary:
+                with torch.enable_grad():
+                    leaf = _single(x).detach().requires_grad_()
+                    (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, _single(grad))
+            elif self.f is None:
+                grad_x = self.rule(_single(grad), _single(x), *args, **kwargs)
             else:
                 assert self.head_rule is not None
                 self.arrived = grad.flatten(1).any(1)
-                grad_x = self.head_rule(*args, f=self.f, **kwargs)
+                grad_x = self.head_rule(_single(grad), _single(x), *args, f=self.f, **kwargs)
         if grad_x.dtype != x.dtype:
             largest = torch.finfo(x.dtype).max
             grad_x = grad_x.clamp(-largest, largest).to(x.dtype)
@@ -67,14 +75,15 @@ class _Ruling:
 class _Ruled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ruling: _Ruling) -> Tensor:
+        args, kwargs = ruling.call.args[1:], ruling.call.kwargs
         ctx.ruling = ruling
-        ctx.save_for_backward(x)
-        return ruling.run(x)
+        ctx.save_for_backward(x, *operators.tensors((args, kwargs)))
+        return ruling.function(x, *args, **kwargs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return ctx.ruling.backward(grads[0], x), None
+        x, *others = ctx.saved_tensors
+        return ctx.ruling.backward(grads[0], x, others), None
 
 
 class Backprop(TorchFunctionMode):
@@ -128,8 +137,10 @@ class Backprop(TorchFunctionMode):
         """Find the rule that a call meets, if any: by its role among its operands, else by its name."""
         signals = [t for t in call.args[:2] if isinstance(t, Tensor) and t.requires_grad]
         if len(signals) == 1 and call.name in self._constant and signals[0] is call.args[0]:
+            if _is_linear(signals[0].grad_fn):
+                return None  # the bias of a linear layer, in another spelling
             function, rule = self._constant[call.name]
-            return _Ruling(call, function, rule, None)
+            return _Ruling(call, function, rule, None, is_constant=True)
         if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
             gate = _gate(*signals) if call.name != "div" else signals[1]
             if gate is not None:
@@ -142,8 +153,7 @@ class Backprop(TorchFunctionMode):
             return None
         call = Call(call.name, (signals[0], *_map(_held, call.args[1:])), _map(_held, call.kwargs), call.inplace)
         _, head_rule = self._heads.get(call.name, (None, None))
-        weight = call.args[1] if len(call.args) > 1 else call.kwargs.get("weight")
-        on_vector = head_rule is not None and operators.on_vector(signals[0], weight)
+        on_vector = head_rule is not None and operators.on_vector(signals[0], _weight(call))
         return _Ruling(call, function, rule, head_rule, on_vector)
 
     def _note(self, call: Call, output: Any) -> Any:
@@ -153,9 +163,10 @@ class Backprop(TorchFunctionMode):
         if nodes or call.inplace is not None:
             self._unruled[call.name, rules.ORDINARY if known else None] += 1
         for node in nodes:
-            node.metadata[_NAME] = call.name
-            node.metadata[_OPEN] = call.name in self._openers
-            node.metadata[_WEIGHTED] = not known and any(
+            notes = _notes(node)
+            notes[_NAME] = call.name
+            notes[_OPEN] = call.name in self._openers
+            notes[_WEIGHTED] = not known and any(
                 not t.requires_grad and t.is_floating_point() and t.dim() > 0
                 for t in operators.tensors((call.args, call.kwargs))
             )
@@ -177,11 +188,13 @@ class Backprop(TorchFunctionMode):
                 nodes.append(node)
                 self.heads.append(ruling)
             else:
-                self.above.append(ruling.call.name if ruling else node.metadata.get(_NAME, node.name()))
-            if node.metadata.get(_WEIGHTED):
+                self.above.append(ruling.call.name if ruling else _notes(node).get(_NAME, node.name()))
+                if ruling is not None:
+                    ruling.is_ordinary = ruling.is_constant
+            if _notes(node).get(_WEIGHTED):
                 raise CoverageError(
-                    f"the target comes from `{node.metadata[_NAME]}`, an operator with weights for which the rules have "
-                    "no entry, so the head cannot be told: write the head as a linear layer or a convolution"
+                    f"the target comes from `{_notes(node)[_NAME]}`, an operator with weights for which the rules "
+                    "have no entry, so the head cannot be told: write the head as a linear layer or a convolution"
                 )
         if not self.heads:
             raise CoverageError(
@@ -206,8 +219,8 @@ class Backprop(TorchFunctionMode):
         if not any(ruling.head_rule is not None and not ruling.on_vector for ruling in self._met):
             seen = ", ".join(sorted({name for name, _, _ in self.coverage()}))
             raise CoverageError(
-                "the model has no convolution that the rules know: TSGB explains convolutional networks, and a plain gradient "
-                f"is not passed off as its map (operators seen: {seen})"
+                "the model has no convolution that the rules know: TSGB explains convolutional networks, and a plain "
+                f"gradient is not passed off as its map (operators seen: {seen})"
             )
 
     def arrived(self, count: int) -> list[bool]:
@@ -223,9 +236,11 @@ class Backprop(TorchFunctionMode):
         """List which operator met which rule how often; None for a weighted or curved operator that met none."""
         rows = Counter(self._unruled)
         for ruling in self._met:
-            rule = ruling.rule if ruling.f is None else ruling.head_rule
-            rows[ruling.call.name, _name(rule)] += 1
-        return sorted(((name, rule, count) for (name, rule), count in rows.items()), key=lambda row: (row[0], row[1] or ""))
+            rule = _name(ruling.rule if ruling.f is None else ruling.head_rule)
+            rows[ruling.call.name, rules.ORDINARY if ruling.is_ordinary else rule] += 1
+        return sorted(
+            ((name, rule, count) for (name, rule), count in rows.items()), key=lambda row: (row[0], row[1] or "")
+        )
 
 
 @contextmanager
@@ -246,9 +261,9 @@ def recording(table: rules.Table, f: float | None = None) -> Iterator[Backprop]:
         [('silu', 'activation', 1)]
     """
     kept = _Kept()
-    with torch.inference_mode(False), torch.enable_grad(), kept, saved_tensors_hooks(kept.pack, kept.unpack):
-        with Backprop(table, f) as run:
-            yield run
+    hooks = saved_tensors_hooks(kept.pack, kept.unpack)
+    with torch.inference_mode(False), torch.enable_grad(), kept, hooks, Backprop(table, f) as run:
+        yield run
 
 
 class _Cell:
@@ -258,14 +273,14 @@ class _Cell:
         self.tensor = tensor
 
 
-class _Kept(TorchDispatchMode):
+class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copy on write: a tensor that backward needs is cloned before an in-place call changes it.
 
     A network may be right in inference and yet overwrite what a gradient needs (``y = conv(x); x += y``).
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cells: dict[int, list[weakref.ref[_Cell]]] = {}
 
     def pack(self, tensor: Tensor) -> _Cell:
@@ -323,9 +338,24 @@ def _name(rule: Any) -> str:
     return _name(rule.func) if isinstance(rule, partial) else getattr(rule, "__name__", type(rule).__name__)
 
 
+def _notes(node: Node) -> dict[str, Any]:
+    notes: dict[str, Any] = node.metadata  # type: ignore[assignment]
+    return notes
+
+
 def _weighted(node: Node) -> bool:
     ruling = getattr(node, "ruling", None)
     return ruling is not None and ruling.head_rule is not None
+
+
+def _weight(call: Call) -> Tensor:
+    weight: Tensor = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
+    return weight
+
+
+def _is_linear(node: Node | None) -> bool:
+    ruling = getattr(node, "ruling", None)
+    return ruling is not None and ruling.head_rule is not None and _weight(ruling.call).dim() == 2
 
 
 def _walk(start: Node | None, stop: Callable[[Node], bool]) -> Iterator[Node]:
@@ -346,7 +376,8 @@ def _walk(start: Node | None, stop: Callable[[Node], bool]) -> Iterator[Node]:
 def _gate(a: Tensor, b: Tensor) -> Tensor | None:
     """Which of two factors is the gate of the other, None for a product of equals.
 
-    A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating operator.
+    A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating
+    operator.
     """
     sizes = [torch.Size(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0).numel() for t in (a, b)]
     if sizes[0] != sizes[1]:
@@ -356,7 +387,7 @@ def _gate(a: Tensor, b: Tensor) -> Tensor | None:
             return b
         if any(node is b.grad_fn for node in _walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
             return a
-        opened = [bool(t.grad_fn.metadata.get(_OPEN)) for t in (a, b)]  # type: ignore[union-attr]
+        opened = [bool(_notes(node).get(_OPEN)) for node in (a.grad_fn, b.grad_fn)]
         if opened[0] != opened[1]:
             return a if opened[0] else b
     return None

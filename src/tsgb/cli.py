@@ -25,11 +25,15 @@ Model = Annotated[
     str,
     typer.Option(help="bundled, bundled-vgg, a torchvision name, timm:NAME, or path/file.py:factory.", metavar="M"),
 ]
-Weights = Annotated[Path | None, typer.Option(help="State dict, .pth or .safetensors; else the library's own.", metavar="FILE")]
+Weights = Annotated[
+    Path | None, typer.Option(help="State dict, .pth or .safetensors; else the library's own.", metavar="FILE")
+]
 Size = Annotated[str | None, typer.Option(help="Input size of the network: 224, or HEIGHTxWIDTH.")]
 Mean = Annotated[str | None, typer.Option(help="Mean of the pixels in 0..1: one number or R,G,B.")]
 Std = Annotated[str | None, typer.Option(help="Standard deviation of the pixels in 0..1: one number or R,G,B.")]
-Resize = Annotated[str | None, typer.Option(help="squash the whole picture, or crop its centre.", metavar="squash|crop")]
+Resize = Annotated[
+    str | None, typer.Option(help="squash the whole picture, or crop its centre.", metavar="squash|crop")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -42,13 +46,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def explain(
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Picture files or folders of them; none: a bundled scene.", metavar="IMAGE...")
+        list[Path] | None,
+        typer.Argument(help="Picture files or folders of them; none: a bundled scene.", metavar="IMAGE..."),
     ] = None,
     model: Model = "bundled",
     weights: Weights = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Class index, class name or topK; may be repeated. Default: the predicted class.", metavar="T"),
+        typer.Option(
+            help="Class index, class name or topK; may be repeated. Default: the predicted class.", metavar="T"
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="tsgb, or tsgb-paper: as the paper's authors run it.")] = "tsgb",
     f: Annotated[
@@ -62,7 +69,8 @@ def explain(
 ) -> None:
     """Explain pictures: for each target an overlay (.png) and the raw map (.npy), and one record.json.
 
-    A bad picture among good ones is reported and the rest is done. Pictures of more than 100 million pixels are refused.
+    A bad picture among good ones is reported and the rest is done. Pictures of more than 100 million pixels are
+    refused.
     """
     from . import pictures, report
 
@@ -80,7 +88,9 @@ def explain(
             paths = [path]
             if not wanted and tuple(network.names or ()) == _scene_classes():
                 wanted = [str(index) for index in classes]
-        with typer.progressbar(length=len(paths), file=sys.stderr, label="explaining", hidden=len(paths) == 1 or not sys.stderr.isatty()) as bar:
+        with typer.progressbar(
+            length=len(paths), file=sys.stderr, label="explaining", hidden=len(paths) == 1 or not sys.stderr.isatty()
+        ) as bar:
             found = report.explain_files(network, paths, wanted, out, method=method, f=f, done=bar.update)
     for line in _lines(found.entries, out):
         typer.echo(line)

@@ -67,10 +67,16 @@ def examine(model: nn.Module, images: Tensor, table: rules.Table = rules.DEFAULT
     empty = [reason for row in e.why_empty for reason in row if reason]
     same = before == after and torch.equal(random_before, random_after)
     checks = [
-        Check("every operator has a rule", not missed, "yes" if not missed else f"ordinary gradient: {', '.join(missed)}"),
+        Check(
+            "every operator has a rule", not missed, "yes" if not missed else f"ordinary gradient: {', '.join(missed)}"
+        ),
         Check("maps are finite", bool(e.maps.isfinite().all()), f"largest value {float(e.maps.abs().max()):.3g}"),
         Check("maps are not empty", not empty, empty[0] if empty else "all have positive values"),
-        Check("model is unchanged", same, "bit for bit" if same else "weights, buffers, hooks, modes or random state differ"),
+        Check(
+            "model is unchanged",
+            same,
+            "bit for bit" if same else "weights, buffers, hooks, modes or random state differ",
+        ),
         Check("maps are repeatable", torch.equal(again.maps, e.maps), "two runs, bit for bit"),
         Check("maps do not depend on the batch", change <= TOLERANCE, f"difference {change:.1e} of the norm"),
     ]

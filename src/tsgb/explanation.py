@@ -23,12 +23,13 @@ class Explanation:
     """What `explain` returns: maps, and what is needed to judge them.
 
     Attributes:
-        maps: (N, K, *spatial) float32 (float64 for float64 images), signed, raw: sum over channels of image * gradient. A
-            tuple of such tensors for several inputs.
+        maps: (N, K, *spatial) float32 (float64 for float64 images), signed, raw: sum over channels of image * gradient.
+            A tuple of such tensors for several inputs.
         targets: (N, K) int64 class indices, -1 for a callable target.
-        logits: the model's logits, (N, classes) for a classifier; None where a callable target reads an output without them.
-        coverage: rows (operator, rule or None, count), which operator met which rule. None: a weighted or curved operator
-            that met none and kept its ordinary gradient.
+        logits: the model's logits, (N, classes) for a classifier; None where a callable target reads an output without
+        them.
+        coverage: rows (operator, rule or None, count), which operator met which rule. None: a weighted or curved
+            operator that met none and kept its ordinary gradient.
         why_empty: N lists of K, for a map without positive values the reason, else None.
         f: the number f of the head's rule.
         images: the input (or tuple of inputs) explained, as it was given.
@@ -74,7 +75,7 @@ class Explanation:
             ValueError: the maps are not two-dimensional.
 
         Example:
-            >>> import tsgb
+            >>> import torch, tsgb
             >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
             >>> e.overlay().size
             (128, 128)
@@ -98,7 +99,7 @@ class Explanation:
             ValueError: not one picture an image. OSError: the folder cannot be written.
 
         Example:
-            >>> import tempfile, tsgb
+            >>> import tempfile, torch, tsgb
             >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128), target=3)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     [path.name for path in e.save(folder)]

@@ -1,8 +1,8 @@
 """How torch spells its operators: one name, one order of arguments for functions, methods, `+=` and in-place calls.
 
 `rules` is keyed by torch functions, and a model may call the same operator as ``F.relu(x)``, ``F.relu(x, True)``,
-``torch.relu(x)``, ``x.relu()`` or ``x.relu_()``. The last word of the name without underscores is the same for all of them;
-what is left (synonyms, a bias that comes first, operands that change places) is written down here.
+``torch.relu(x)``, ``x.relu()`` or ``x.relu_()``. The last word of the name without underscores is the same for all of
+them; what is left (synonyms, a bias that comes first, operands that change places) is written down here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 _SYNONYMS = {
     "subtract": "sub",
@@ -45,6 +44,7 @@ def name(function: Callable[..., Any]) -> str:
     """Name an operator, the same for all its spellings.
 
     Example:
+        >>> from torch.nn import functional
         >>> [name(f) for f in (functional.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.__getitem__)]
         ['relu', 'relu', 'relu', 'getitem']
     """
@@ -66,6 +66,7 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         RuntimeError: the call is random or depends on the rest of the batch (``training=True``).
 
     Example:
+        >>> from torch.nn import functional
         >>> x = torch.ones(2, requires_grad=True)
         >>> call = read(functional.relu, (x, True), {})
         >>> call.name, len(call.args), call.kwargs, call.inplace is x
@@ -109,8 +110,10 @@ def on_vector(x: Tensor, weight: Tensor) -> bool:
         x: (N, ..., C) for a linear layer, (N, C, ...) for a convolution. ``weight``: (O, C) or (O, C, *k).
 
     Example:
-        >>> on_vector(torch.zeros(2, 8, 1, 1), torch.zeros(4, 8, 1, 1)), on_vector(torch.zeros(2, 7, 8), torch.zeros(4, 8))
-        (True, False)
+        >>> on_vector(torch.zeros(2, 8, 1, 1), torch.zeros(4, 8, 1, 1))
+        True
+        >>> on_vector(torch.zeros(2, 7, 8), torch.zeros(4, 8))
+        False
     """
     positions = x.shape[1:-1] if weight.dim() == 2 else x.shape[2:]
     return positions.numel() == 1
@@ -135,7 +138,15 @@ def _bound(function: Callable[..., Any], call: Call) -> Call:
     return call
 
 
-_TRAINING = {"batch_norm": 5, "dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "alpha_dropout": 2, "rrelu": 3}
+_TRAINING = {
+    "batch_norm": 5,
+    "dropout": 2,
+    "dropout1d": 2,
+    "dropout2d": 2,
+    "dropout3d": 2,
+    "alpha_dropout": 2,
+    "rrelu": 3,
+}
 
 
 def _refuse_training(call: Call) -> None:

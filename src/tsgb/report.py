@@ -1,4 +1,4 @@
-"""Explain picture files into a folder: overlays, raw maps, a contact sheet for each picture, and one record of it all."""
+"""Explain picture files into a folder: overlays, raw maps, contact sheets, and one record of it all."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def explain_files(
 ) -> Report:
     """Explain picture files one by one; a bad one is reported and the rest is done.
 
-    For each picture and target ``<stem>_<class>.png`` (the overlay on the original picture) and ``.npy`` (the raw signed map in
-    the network's pixels, float32); for several targets ``<stem>_sheet.png``; for all of them ``record.json``, which is also
-    written for what was done when the run is interrupted. If no picture can be explained nothing is written.
+    For each picture and target ``<stem>_<class>.png`` (the overlay on the original picture) and ``.npy`` (the raw
+    signed map in the network's pixels, float32); for several targets ``<stem>_sheet.png``; for all of them
+    ``record.json``, which is also written for what was done when the run is interrupted. If no picture can be explained
+    nothing is written.
 
     Args:
         network: what `tsgb.load` returns.
@@ -98,7 +99,9 @@ def explain_files(
             done(1)
     finally:
         if report.entries:
-            render.save_text(json.dumps({"entries": report.entries}, indent=1, allow_nan=False) + "\n", out / "record.json")
+            render.save_text(
+                json.dumps({"entries": report.entries}, indent=1, allow_nan=False) + "\n", out / "record.json"
+            )
             report.files.append(out / "record.json")
     return report
 
@@ -176,7 +179,9 @@ def _write(
         names.append(f"{stem}_sheet.png")
     for name in (*names, "record.json"):
         if (out / name).resolve() in inputs:
-            raise ValueError(f"{out / name} is one of the pictures to explain and would be replaced: choose another --out")
+            raise ValueError(
+                f"{out / name} is one of the pictures to explain and would be replaced: choose another --out"
+            )
     overlays = []
     for k, entry in enumerate(entries):
         map = e.maps[0, k].cpu().numpy()

@@ -1,4 +1,4 @@
-"""What a map is asked for: from what a caller writes as ``target`` to class indices, and from what a model returns to logits."""
+"""What a map is asked for: from a caller's ``target`` to class indices, from a model's output to logits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TargetError(ValueError):
 def find_logits(output: Any) -> Tensor:
     """Find the logits in a model's output.
 
-    Understood are a tensor; a mapping with "logits" or "out", or with a single tensor; an object with ``.logits``; a tuple or
-    list that begins with a tensor; a dataclass with a single tensor.
+    Understood are a tensor; a mapping with "logits" or "out", or with a single tensor; an object with ``.logits``; a
+    tuple or list that begins with a tensor; a dataclass with a single tensor.
 
     Args:
         output: whatever the model returned.
@@ -60,8 +60,8 @@ def find_logits(output: Any) -> Tensor:
         return output[0]
     held = f" with {', '.join(map(str, fields))}" if fields else ""
     raise TargetError(
-        f"the model's output must be the logits (N, classes), or hold them as 'logits' or 'out', got {type(output).__name__}"
-        f"{held}: pass target=fn(output) -> (N,) tensor"
+        f"the model's output must be the logits (N, classes), or hold them as 'logits' or 'out', got "
+        f"{type(output).__name__}{held}: pass target=fn(output) -> (N,) tensor"
     )
 
 
@@ -106,7 +106,11 @@ def class_index(name: str, names: Sequence[str] | None) -> int:
     near = difflib.get_close_matches(wanted, [known.casefold() for known in names], n=3, cutoff=0.5)
     near += [known.casefold() for known in names if wanted and wanted in known.casefold()]
     listed = list(dict.fromkeys(next(known for known in names if known.casefold() == match) for match in near))[:4]
-    hint = f"the nearest are {', '.join(map(repr, listed))}" if listed else f"the names run from {names[0]!r} to {names[-1]!r}"
+    hint = (
+        f"the nearest are {', '.join(map(repr, listed))}"
+        if listed
+        else f"the names run from {names[0]!r} to {names[-1]!r}"
+    )
     raise TargetError(f"target {name!r} is no class of the model: {hint}")
 
 
@@ -124,8 +128,9 @@ def prepare(target: Target, count: int, names: Sequence[str] | None = None) -> T
     """Check a target as far as that goes without a model's output; nothing is broadcast or cut.
 
     Args:
-        target: None (the predicted class), an int (for all images), N ints (one for each image), an (N, K) tensor or nested
-            list (K for each image), a class name in the place of any int, "top5" (the five most probable), or a callable.
+        target: None (the predicted class), an int (for all images), N ints (one for each image), an (N, K) tensor or
+            nested list (K for each image), a class name in the place of any int, "top5" (the five most probable), or a
+            callable.
         count: the number N of images.
         names: class names by index, None if the model has none.
 
@@ -176,8 +181,8 @@ def resolve(target: Target, logits: Tensor) -> Tensor:
     """
     if logits.dim() != 2:
         raise TargetError(
-            f"a class target needs logits of shape (N, classes), got {tuple(logits.shape)}: pass target=fn(output) -> (N,) "
-            "tensor, such as lambda output: output[:, 3].mean((1, 2))"
+            f"a class target needs logits of shape (N, classes), got {tuple(logits.shape)}: pass "
+            "target=fn(output) -> (N,) tensor, such as lambda output: output[:, 3].mean((1, 2))"
         )
     classes = logits.shape[1]
     if target is None:

@@ -1,7 +1,7 @@
-"""The formula sheet of TSGB: one pure function per operator, and the tables that choose among them.
+"""The formula sheet of TSGB: one pure function per operator.
 
-Source: L. Cheng, P. Fang, Y. Liang, L. Zhang, C. Shen, H. Wang, "TSGB: Target-Selective Gradient Backprop for Probing CNN
-Visual Saliency", IEEE Transactions on Image Processing 31 (2022), 2529-2540, arXiv 2110.05182.
+Source: L. Cheng, P. Fang, Y. Liang, L. Zhang, C. Shen, H. Wang, "TSGB: Target-Selective Gradient Backprop for Probing
+CNN Visual Saliency", IEEE Transactions on Image Processing 31 (2022), 2529-2540, arXiv 2110.05182.
 
 A rule replaces the gradient of one operator ``o = op(x, *args, **kwargs)``::
 
@@ -10,59 +10,18 @@ A rule replaces the gradient of one operator ``o = op(x, *args, **kwargs)``::
 ``grad`` has the shape of ``o`` and is the gradient that arrives there, ``x`` is the operator's input, the rest are the
 operator's own arguments under torch's names; the result has the shape of ``x``. The *relevance* of a tensor is tensor *
 gradient, elementwise; a rule *passes* relevance unchanged where ``x * grad_x = o * grad``.
-
-A table maps torch functions to rules. One entry serves every spelling of an operator (``F.relu``, ``torch.relu``,
-``x.relu_()``). ``ORDINARY`` marks operators that keep their own gradient on purpose; an operator that the table does not
-name keeps it too, but is reported. Three keys are no functions but roles that an operator plays in a network:
-
-- ``HEAD``: a table of the operators that carry weights, and their rules where they are the last before the target;
-- ``CONSTANT``: operators one of whose operands does not depend on the image (``x - mean``);
-- ``GATE``: products of a signal and a gate (``x * sigmoid(y)``).
-
-``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`). To change a rule, make a
-table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = [
-    "CONSTANT",
-    "DEFAULT",
-    "F",
-    "GATE",
-    "GATES",
-    "HEAD",
-    "ORDINARY",
-    "PAPER",
-    "activation",
-    "avg_pool",
-    "batch_norm",
-    "conv",
-    "conv_head",
-    "conv_lumped",
-    "gate",
-    "linear",
-    "linear_head",
-    "selectivity",
-    "shift",
-]
-
 EPS = 1e-10  # the authors' guard of n and of the input of batch norm
-ORDINARY = "ordinary"
-HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
-
-#: What opens and closes: a factor that comes from one of these is a gate.
-GATES = (torch.sigmoid, functional.hardsigmoid, functional.softmax)
-
-Table = dict[Any, Any]
 Split = Literal["contributions", "weights"]
 
 
@@ -84,8 +43,8 @@ def conv(
         n = conv(sum over channels of |x|, 1_k)
         grad_x = sign(x) * conv_transpose(c / (n + 1e-10), 1_k)
 
-    ``1_k`` is a kernel of ones of the convolution's size, stride, padding and dilation. Each group of a grouped convolution
-    is treated by itself. Source: TSGB-Conv of the paper, for one, two or three spatial dimensions.
+    ``1_k`` is a kernel of ones of the convolution's size, stride, padding and dilation. Each group of a grouped
+    convolution is treated by itself. Source: TSGB-Conv of the paper, for one, two or three spatial dimensions.
 
     Args:
         grad: (N, O, *out), arriving at the output.
@@ -144,7 +103,8 @@ def batch_norm(
 
     Args:
         grad: (N, C, ...), arriving at the output.
-        x: (N, C, ...), the input. The rest as in ``torch.nn.functional.batch_norm``; ``training`` and ``momentum`` are not read.
+        x: (N, C, ...), the input. The rest as in ``torch.nn.functional.batch_norm``; ``training`` and ``momentum`` are
+        not read.
 
     Returns:
         (N, C, ...). At x = 0 the relevance is lost, never NaN.
@@ -264,8 +224,9 @@ def conv_head(
         z+-_k = sum over positions p of grad_k(p) z+-_k(p)        beta_k = f * z+_k / |z-_k|
         grad_x = conv^T(grad, W+) + conv^T(beta * grad, W-)
 
-    which is `linear_head` under global pooling. Where the arriving gradients of a class sum to less than zero (the class
-    that is subtracted in a difference of logits), z+ and z- are taken of their negative, as beta weighs evidence, not its sign.
+    which is `linear_head` under global pooling. Where the arriving gradients of a class sum to less than zero (the
+    class that is subtracted in a difference of logits), z+ and z- are taken of their negative, as beta weighs evidence,
+    not its sign.
 
     Args:
         grad: (N, O, *out), arriving at the output. ``x``: (N, C, *in). ``weight``: (O, C / groups, *k).
@@ -320,8 +281,8 @@ def activation(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tens
 def shift(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
     """Constant added or subtracted: relevance passes unchanged, ``grad_x = grad * o / x``.
 
-    So a network that normalises its own input, ``(x - mean) / std``, gets the map of the network that is fed the normalised
-    image. (A constant factor needs no rule: its ordinary gradient passes relevance.)
+    So a network that normalises its own input, ``(x - mean) / std``, gets the map of the network that is fed the
+    normalised image. (A constant factor needs no rule: its ordinary gradient passes relevance.)
 
     Args:
         grad: any shape, arriving at the output. ``x``: the input, broadcast to it.
@@ -339,7 +300,7 @@ def shift(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], 
 
 
 def gate(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
-    """Product of a signal and a gate: relevance goes to the signal, the gate is held constant, ``grad_x = grad * gate``.
+    """Product of a signal and a gate: relevance goes to the signal, the gate is constant, ``grad_x = grad * gate``.
 
     Args:
         grad: any shape, arriving at the product. ``x``: the signal, broadcast to it.
@@ -356,9 +317,11 @@ def gate(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], *
 
 
 def selectivity(hidden: bool) -> float:
-    """Choose f: 1 if a weighted layer on a vector or a 1 x 1 map lies between the topmost spatial convolution and the head.
+    """Choose f: 1 where a hidden layer lies below the head, else 0.75.
 
-    Else 0.75: without a hidden layer f = 1 takes the evidence that the classes share away, and with it the object's extent.
+    A hidden layer is one with weights, on a vector or a 1 x 1 map, between the topmost spatial convolution and the
+    head. Without a hidden layer f = 1 takes the evidence that the classes share away, and with it the object's
+    extent.
 
     Example:
         >>> selectivity(hidden=True), selectivity(hidden=False)
@@ -368,20 +331,31 @@ def selectivity(hidden: bool) -> float:
 
 
 def _share(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, Any, Any], groups: int, fields: int
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, Any, Any],
+    groups: int,
+    fields: int,
 ) -> Tensor:
     """`conv` with the channels summed in so many fields."""
     function = _convolution(weight)
     if x.dim() < weight.dim():
         return _share(grad[None], x[None], weight, bias, geometry, groups, fields)[0]
     relevance = grad * function(x, weight, bias, *geometry, groups)
-    c = relevance.unflatten(1, (fields, -1)).sum(2)
-    size = x.abs().unflatten(1, (fields, -1)).sum(2)
+    c = _summed(relevance, fields)
+    size = _summed(x.abs(), fields)
     ones = weight.new_ones(fields, 1, *weight.shape[2:])
     n, transpose = _linearised(lambda s: function(s, ones, None, *geometry, fields), size)
     # A fast convolution may return a rounding error below zero where n is 0.
     field = transpose(c / (n.clamp(min=0) + EPS))
     return x.sign() * field.repeat_interleave(x.shape[1] // fields, 1)
+
+
+def _summed(x: Tensor, fields: int) -> Tensor:
+    """Sums over the channels of each field: (N, C, *) to (N, fields, *)."""
+    return x.reshape(len(x), fields, -1, *x.shape[2:]).sum(2)
 
 
 def _head(
@@ -434,85 +408,3 @@ def _over(relevance: Tensor, x: Tensor) -> Tensor:
     """``relevance / x``, kept finite: x + 1e-10 may be 0, and relevance / x may be past the type's range."""
     largest = torch.finfo(x.dtype).max
     return (relevance / torch.where(x == 0, EPS, x)).clamp(-largest, largest)
-
-
-_ACTIVATIONS = (
-    functional.relu,
-    functional.relu6,
-    functional.hardtanh,
-    functional.leaky_relu,
-    functional.prelu,
-    functional.rrelu,
-    functional.elu,
-    functional.selu,
-    functional.celu,
-    functional.gelu,
-    functional.silu,
-    functional.mish,
-    functional.hardswish,
-    functional.softsign,
-    functional.hardshrink,
-    functional.softshrink,
-    functional.tanhshrink,
-    functional.threshold,
-    torch.tanh,
-    torch.clamp,
-    torch.clamp_min,
-    torch.clip,
-)
-
-# Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
-_KEEPING = (
-    (torch.add, torch.sub, torch.rsub, torch.neg, torch.mul, torch.div, torch.sum, torch.mean, torch.nanmean),
-    (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.where, torch.maximum),
-    (torch.minimum, torch.max, torch.min, torch.amax, torch.amin, torch.Tensor.masked_fill, torch.cumsum, torch.lerp),
-    (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool1d),
-    (functional.adaptive_max_pool2d, functional.adaptive_max_pool3d, functional.adaptive_avg_pool1d),
-    (functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d, functional.avg_pool1d, functional.avg_pool2d),
-    (functional.avg_pool3d, functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
-    (functional.alpha_dropout, functional.feature_alpha_dropout, functional.interpolate, functional.upsample),
-    (functional.pad, functional.pixel_shuffle, functional.pixel_unshuffle, torch.channel_shuffle, functional.unfold),
-    (functional.fold, torch.flatten, torch.Tensor.unflatten, torch.reshape, torch.Tensor.view, torch.Tensor.view_as),
-    (torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.reshape_as, torch.permute, torch.transpose, torch.t),
-    (torch.swapaxes, torch.swapdims, torch.movedim, torch.moveaxis, torch.squeeze, torch.unsqueeze, torch.narrow),
-    (torch.select, torch.index_select, torch.gather, torch.take, torch.chunk, torch.split, torch.tensor_split),
-    (torch.split_with_sizes, torch.unbind, torch.roll, torch.flip, torch.rot90, torch.clone, torch.Tensor.contiguous),
-    (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double),
-    (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.repeat, torch.tile),
-    (torch.repeat_interleave, torch.diagonal, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_),
-    (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.positive, torch.ravel),  # type: ignore[attr-defined]
-)
-_KEPT: Table = {operator: ORDINARY for group in _KEEPING for operator in group}
-
-
-def _head_table(split: Split) -> Table:
-    convolutions = dict.fromkeys(
-        (functional.conv1d, functional.conv2d, functional.conv3d), partial(conv_head, split=split)
-    )
-    return {functional.linear: partial(linear_head, split=split), **convolutions}
-
-
-#: The method as the authors run it.
-PAPER: Table = {
-    **_KEPT,
-    **dict.fromkeys(_ACTIVATIONS, ORDINARY),
-    **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus), ORDINARY),
-    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
-    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
-    functional.batch_norm: batch_norm,
-    functional.linear: linear,
-    HEAD: _head_table("weights"),
-    F: 1.0,
-}
-
-#: The method with our corrections: groups apart, contributions split, relevance passing activations, shifts and gates.
-DEFAULT: Table = {
-    **PAPER,
-    **{act: partial(activation, function=act) for act in _ACTIVATIONS},
-    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
-    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
-    CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
-    GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
-    HEAD: _head_table("contributions"),
-    F: selectivity,
-}

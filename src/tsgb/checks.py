@@ -1,0 +1,77 @@
+"""What an explanation asks of the images and the model, and what it promises of the maps; each refusal says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import targets
+from .backprop import CoverageError
+
+
+def check_inputs(inputs: tuple[Tensor, ...]) -> int:
+    if not inputs:
+        raise ValueError("images must be a tensor (N, C, H, W) or a tuple of tensors, got an empty tuple")
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"images must be a floating tensor (N, C, H, W), got {type(x).__name__}")
+        if not x.is_floating_point():
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise TypeError(f"images must be floating, as the model expects them, got {dtype}: preprocess them first")
+    first = inputs[0]
+    if first.dim() not in (3, 4, 5) and len(inputs) == 1:
+        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(first.shape)}")
+    count = len(first) if first.dim() else 0
+    if any(x.dim() < 2 or len(x) != count for x in inputs) or count == 0 or any(x.numel() == 0 for x in inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(f"images must have shape (N, C, H, W) with N and all sizes at least 1, got {shapes}")
+    for x in inputs:
+        finite = x.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"images must be finite, but image {int((~finite).nonzero()[0])} holds NaN or infinity")
+    return count
+
+
+_STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")  # torchvision's, timm's
+
+
+def check_mode(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = getattr(module, "p", getattr(module, "drop_prob", 1.0))
+        random = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _STOCHASTIC_DEPTH
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or (random and rate):
+            raise RuntimeError(
+                f"the model is in training mode: {type(module).__name__} {name!r} would use the batch or "
+                "random numbers. Call model.eval() first"
+            )
+
+
+def check_logits(logits: Tensor, count: int) -> Tensor:
+    if not logits.requires_grad:
+        raise CoverageError(
+            "the model's output does not depend on the images through differentiable operations: it is detached, "
+            "computed under torch.no_grad(), or the model is scripted or quantised"
+        )
+    if logits.dim() == 2 and len(logits) != count:
+        raise targets.TargetError(
+            f"the model must return one row of logits an image, {count}, got {tuple(logits.shape)}"
+        )
+    broken = logits.detach().isnan().flatten(1).any(1) if logits.dim() > 1 else logits.detach().isnan()
+    if broken.any():
+        raise ValueError(f"the model's logits for image {int(broken.nonzero()[0])} are NaN")
+    return logits
+
+
+def check_maps(maps: list[Tensor]) -> None:
+    for values in maps:
+        broken = ~values.isfinite().flatten(1).all(1)
+        if broken.any():
+            raise FloatingPointError(
+                f"the map of image {int(broken.nonzero()[0])} is not finite: the model's values leave the range of "
+                "its type; use float32"
+            )

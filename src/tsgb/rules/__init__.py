@@ -1,0 +1,45 @@
+"""TSGB as rules: the formulas, and the tables that say which operator has which.
+
+>>> import torch
+>>> from tsgb import rules
+>>> rules.DEFAULT[torch.nn.functional.conv2d].__name__, rules.PAPER[torch.nn.functional.conv2d].__name__
+('conv', 'conv_lumped')
+"""
+
+from .formulas import (
+    activation,
+    avg_pool,
+    batch_norm,
+    conv,
+    conv_head,
+    conv_lumped,
+    gate,
+    linear,
+    linear_head,
+    selectivity,
+    shift,
+)
+from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, ORDINARY, PAPER, F, Table
+
+__all__ = [
+    "CONSTANT",
+    "DEFAULT",
+    "GATE",
+    "GATES",
+    "HEAD",
+    "ORDINARY",
+    "PAPER",
+    "F",
+    "Table",
+    "activation",
+    "avg_pool",
+    "batch_norm",
+    "conv",
+    "conv_head",
+    "conv_lumped",
+    "gate",
+    "linear",
+    "linear_head",
+    "selectivity",
+    "shift",
+]

@@ -1,0 +1,124 @@
+"""The tables that say which operator has which rule.
+
+A table maps torch functions to rules. One entry serves every spelling of an operator (``F.relu``, ``torch.relu``,
+``x.relu_()``). ``ORDINARY`` marks operators that keep their own gradient on purpose; an operator that the table does
+not name keeps it too, but is reported. Three keys are no functions but roles that an operator plays in a network:
+
+- ``HEAD``: a table of the operators that carry weights, and their rules where they are the last before the target;
+- ``CONSTANT``: operators one of whose operands does not depend on the image (``x - mean``);
+- ``GATE``: products of a signal and a gate (``x * sigmoid(y)``).
+
+``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`). To change a rule, make a
+table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .formulas import (
+    Split,
+    activation,
+    avg_pool,
+    batch_norm,
+    conv,
+    conv_head,
+    conv_lumped,
+    gate,
+    linear,
+    linear_head,
+    selectivity,
+    shift,
+)
+
+Table = dict[Any, Any]
+
+ORDINARY = "ordinary"
+HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
+
+#: What opens and closes: a factor that comes from one of these is a gate.
+GATES = (torch.sigmoid, functional.hardsigmoid, functional.softmax)
+
+
+_ACTIVATIONS = (
+    functional.relu,
+    functional.relu6,
+    functional.hardtanh,
+    functional.leaky_relu,
+    functional.prelu,
+    functional.rrelu,
+    functional.elu,
+    functional.selu,
+    functional.celu,
+    functional.gelu,
+    functional.silu,
+    functional.mish,
+    functional.hardswish,
+    functional.softsign,
+    functional.hardshrink,
+    functional.softshrink,
+    functional.tanhshrink,
+    functional.threshold,
+    torch.tanh,
+    torch.clamp,
+    torch.clamp_min,
+    torch.clip,
+)
+
+# Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
+_KEEPING = (
+    (torch.add, torch.sub, torch.rsub, torch.neg, torch.mul, torch.div, torch.sum, torch.mean, torch.nanmean),
+    (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.where, torch.maximum),
+    (torch.minimum, torch.max, torch.min, torch.amax, torch.amin, torch.Tensor.masked_fill, torch.cumsum, torch.lerp),
+    (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool1d),
+    (functional.adaptive_max_pool2d, functional.adaptive_max_pool3d, functional.adaptive_avg_pool1d),
+    (functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d, functional.avg_pool1d, functional.avg_pool2d),
+    (functional.avg_pool3d, functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
+    (functional.alpha_dropout, functional.feature_alpha_dropout, functional.interpolate, functional.upsample),
+    (functional.pad, functional.pixel_shuffle, functional.pixel_unshuffle, torch.channel_shuffle, functional.unfold),
+    (functional.fold, torch.flatten, torch.Tensor.unflatten, torch.reshape, torch.Tensor.view, torch.Tensor.view_as),
+    (torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.reshape_as, torch.permute, torch.transpose, torch.t),
+    (torch.swapaxes, torch.swapdims, torch.movedim, torch.moveaxis, torch.squeeze, torch.unsqueeze, torch.narrow),
+    (torch.select, torch.index_select, torch.gather, torch.take, torch.chunk, torch.split, torch.tensor_split),
+    (torch.split_with_sizes, torch.unbind, torch.roll, torch.flip, torch.rot90, torch.clone, torch.Tensor.contiguous),
+    (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double),
+    (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.repeat, torch.tile),
+    (torch.repeat_interleave, torch.diagonal, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_),
+    (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.positive, torch.ravel),  # type: ignore[attr-defined]
+)
+_KEPT: Table = {operator: ORDINARY for group in _KEEPING for operator in group}
+
+
+def _head_table(split: Split) -> Table:
+    convolutions = dict.fromkeys(
+        (functional.conv1d, functional.conv2d, functional.conv3d), partial(conv_head, split=split)
+    )
+    return {functional.linear: partial(linear_head, split=split), **convolutions}
+
+
+#: The method as the authors run it.
+PAPER: Table = {
+    **_KEPT,
+    **dict.fromkeys(_ACTIVATIONS, ORDINARY),
+    **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus), ORDINARY),
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
+    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
+    functional.batch_norm: batch_norm,
+    functional.linear: linear,
+    HEAD: _head_table("weights"),
+    F: 1.0,
+}
+
+#: The method with our corrections: groups apart, contributions split, relevance passing activations, shifts and gates.
+DEFAULT: Table = {
+    **PAPER,
+    **{act: partial(activation, function=act) for act in _ACTIVATIONS},
+    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
+    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
+    CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
+    GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
+    HEAD: _head_table("contributions"),
+    F: selectivity,
+}
