@@ -23,6 +23,7 @@ __all__ = ["TSGB", "explain"]
 _NOTHING = 1e-30
 
 
+@torch.inference_mode(False)
 def explain(
     model: Callable[..., Any],
     images: Tensor | tuple[Tensor, ...],
@@ -124,6 +125,7 @@ class TSGB:
         """Tell Captum that no convergence delta is returned."""
         return False
 
+    @torch.inference_mode(False)  # a decorator also gives it __wrapped__, which Captum's NoiseTunnel calls
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -221,8 +223,8 @@ def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_
         missed = sorted({operator for operator, rule, _ in part.coverage if rule is None})
         if request.strict and missed:
             raise CoverageError(
-                f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}} "
-                "where rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
+                f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, "
+                "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
             )
         yield part
 

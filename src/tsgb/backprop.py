@@ -8,11 +8,12 @@ spellings.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from .operators import Call
 
 __all__ = ["Backprop", "CoverageError", "recording"]
 
+_SLOT = torch.empty(0)
 _NAME, _OPEN, _WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of autograd nodes' metadata
 
 
@@ -36,32 +38,40 @@ class CoverageError(RuntimeError):
 
 @dataclass
 class _Ruling:
-    """An operator that met a rule."""
+    """An operator that met a rule.
 
-    call: Call
+    It lives on the operator's node, so it holds no tensors: through one that an in-place call changed, the node would
+    keep itself alive. The tensors of the call's arguments are what autograd saves; `_SLOT` stands in their places.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     function: Callable[..., Tensor]
     rule: Callable[..., Tensor]
-    head_rule: Callable[..., Tensor] | None  # for operators that carry weights: the rule where they are the head
+    head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
     on_vector: bool = False
+    is_linear: bool = False
     is_constant: bool = False
     is_ordinary: bool = False  # set on constants above the head: they are its bias, which the head leaves out
     f: float | None = None  # set on the heads
     arrived: Tensor | None = None  # of a head: per image, whether any gradient arrived in this backward
 
-    def backward(self, grad: Tensor, x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
         """Apply the rule in float32 at least, and hand on what the type of x can hold.
 
-        ``others`` are the tensors among the call's other arguments, as they were at the call.
+        ``o`` is the output where the rule asks for it, ``others`` are the tensors among the call's other arguments.
         """
         tensors = iter(others)
-        args, kwargs = _map(lambda _: _single(next(tensors)), (self.call.args[1:], self.call.kwargs))
+        args, kwargs = _map(lambda _: _single(next(tensors)), (self.args, self.kwargs))
         with torch.autocast(x.device.type, enabled=False):
             if self.is_ordinary:
                 with torch.enable_grad():
                     leaf = _single(x).detach().requires_grad_()
                     (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, _single(grad))
             elif self.f is None:
-                grad_x = self.rule(_single(grad), _single(x), *args, **kwargs)
+                output = {} if o is None else {"o": _single(o)}
+                grad_x = self.rule(_single(grad), _single(x), *args, **output, **kwargs)
             else:
                 assert self.head_rule is not None
                 self.arrived = grad.flatten(1).any(1)
@@ -74,16 +84,20 @@ class _Ruling:
 
 class _Ruled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ruling: _Ruling) -> Tensor:
-        args, kwargs = ruling.call.args[1:], ruling.call.kwargs
+    def forward(ctx: Any, x: Tensor, ruling: _Ruling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        o = ruling.function(x, *args, **kwargs)
         ctx.ruling = ruling
-        ctx.save_for_backward(x, *operators.tensors((args, kwargs)))
-        return ruling.function(x, *args, **kwargs)
+        ctx.save_for_backward(x, o if _wants_output(ruling.rule) else None, *operators.tensors((args, kwargs)))
+        return o
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        x, *others = ctx.saved_tensors
-        return ctx.ruling.backward(grads[0], x, others), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        x, o, *others = ctx.saved_tensors
+        return ctx.ruling.backward(grads[0], x, o, others), None, None, None
+
+
+def _wants_output(rule: Callable[..., Any]) -> bool:
+    return "o" in inspect.signature(rule).parameters
 
 
 class Backprop(TorchFunctionMode):
@@ -126,35 +140,41 @@ class Backprop(TorchFunctionMode):
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in operators.tensors((args, kwargs))):
             return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
-        ruling = self._ruling(call)
-        if ruling is None:
+        met = self._meet(call)
+        if met is None:
             return self._note(call, func(*args, **kwargs))
+        ruling, call = met
         self._met.append(ruling)
-        o = _Ruled.apply(ruling.call.args[0], ruling)  # type: ignore[no-untyped-call]
+        o = _Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
         return o if call.inplace is None else call.inplace.copy_(o)
 
-    def _ruling(self, call: Call) -> _Ruling | None:
-        """Find the rule that a call meets, if any: by its role among its operands, else by its name."""
+    def _meet(self, call: Call) -> tuple[_Ruling, Call] | None:
+        """Find the rule that a call meets, if any: by its role among its operands, else by its name.
+
+        Of the call that comes back the first operand alone depends on the image; what else did is held constant.
+        """
         signals = [t for t in call.args[:2] if isinstance(t, Tensor) and t.requires_grad]
         if len(signals) == 1 and call.name in self._constant and signals[0] is call.args[0]:
             if _is_linear(signals[0].grad_fn):
                 return None  # the bias of a linear layer, in another spelling
             function, rule = self._constant[call.name]
-            return _Ruling(call, function, rule, None, is_constant=True)
+            return _ruling(call, function, rule, is_constant=True), call
         if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
             gate = _gate(*signals) if call.name != "div" else signals[1]
             if gate is not None:
                 signal = signals[0] if gate is signals[1] else signals[1]
                 function, rule = self._products[call.name]
-                held = Call(call.name, (signal, gate.detach()), call.kwargs, call.inplace)
-                return _Ruling(held, function, rule, None)
+                call = replace(call, args=(signal, gate.detach()))
+                return _ruling(call, function, rule), call
         function, rule = self._rules.get(call.name, (None, None))
         if function is None or not callable(rule) or not signals or signals[0] is not call.args[0]:
             return None
-        call = Call(call.name, (signals[0], *_map(_held, call.args[1:])), _map(_held, call.kwargs), call.inplace)
-        _, head_rule = self._heads.get(call.name, (None, None))
-        on_vector = head_rule is not None and operators.on_vector(signals[0], _weight(call))
-        return _Ruling(call, function, rule, head_rule, on_vector)
+        call = replace(call, args=(signals[0], *_map(_held, call.args[1:])), kwargs=_map(_held, call.kwargs))
+        if call.name not in self._heads:
+            return _ruling(call, function, rule), call
+        weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
+        roles = {"on_vector": operators.on_vector(signals[0], weight), "is_linear": weight.dim() == 2}
+        return _ruling(call, function, rule, head_rule=self._heads[call.name][1], **roles), call
 
     def _note(self, call: Call, output: Any) -> Any:
         """Remember an operator that met no rule, on the nodes of what it returned and in the coverage."""
@@ -188,7 +208,7 @@ class Backprop(TorchFunctionMode):
                 nodes.append(node)
                 self.heads.append(ruling)
             else:
-                self.above.append(ruling.call.name if ruling else _notes(node).get(_NAME, node.name()))
+                self.above.append(ruling.name if ruling else _notes(node).get(_NAME, node.name()))
                 if ruling is not None:
                     ruling.is_ordinary = ruling.is_constant
             if _notes(node).get(_WEIGHTED):
@@ -237,7 +257,7 @@ class Backprop(TorchFunctionMode):
         rows = Counter(self._unruled)
         for ruling in self._met:
             rule = _name(ruling.rule if ruling.f is None else ruling.head_rule)
-            rows[ruling.call.name, rules.ORDINARY if ruling.is_ordinary else rule] += 1
+            rows[ruling.name, rules.ORDINARY if ruling.is_ordinary else rule] += 1
         return sorted(
             ((name, rule, count) for (name, rule), count in rows.items()), key=lambda row: (row[0], row[1] or "")
         )
@@ -302,10 +322,19 @@ class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _copy(self, tensor: Tensor) -> None:
+        copies: dict[Any, Tensor] = {}  # one for all cells that hold the same view
         for reference in self._cells.pop(tensor.untyped_storage()._cdata, []):
             cell = reference()
             if cell is not None:
-                cell.tensor = cell.tensor.clone()
+                view = cell.tensor.data_ptr(), cell.tensor.shape, cell.tensor.stride(), cell.tensor.dtype
+                if view not in copies:
+                    copies[view] = cell.tensor.clone()
+                cell.tensor = copies[view]
+
+
+def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Tensor], **roles: Any) -> _Ruling:
+    args, kwargs = _map(lambda _: _SLOT, (call.args[1:], call.kwargs))
+    return _Ruling(call.name, args, kwargs, function, rule, **roles)
 
 
 def _constant(tensor: Tensor) -> Tensor:
@@ -348,14 +377,9 @@ def _weighted(node: Node) -> bool:
     return ruling is not None and ruling.head_rule is not None
 
 
-def _weight(call: Call) -> Tensor:
-    weight: Tensor = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
-    return weight
-
-
 def _is_linear(node: Node | None) -> bool:
     ruling = getattr(node, "ruling", None)
-    return ruling is not None and ruling.head_rule is not None and _weight(ruling.call).dim() == 2
+    return ruling is not None and ruling.is_linear
 
 
 def _walk(start: Node | None, stop: Callable[[Node], bool]) -> Iterator[Node]:

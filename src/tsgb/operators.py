@@ -138,6 +138,7 @@ def _bound(function: Callable[..., Any], call: Call) -> Call:
     return call
 
 
+# Where the flag for training stands among the arguments.
 _TRAINING = {
     "batch_norm": 5,
     "dropout": 2,
@@ -154,8 +155,10 @@ def _refuse_training(call: Call) -> None:
         return
     position = _TRAINING[call.name]
     training = call.args[position] if len(call.args) > position else call.kwargs.get("training", False)
-    if training and call.kwargs.get("p", 1) != 0:
-        reason = "takes its statistics from the batch" if call.name == "batch_norm" else "draws random numbers"
+    batch = call.name == "batch_norm"
+    rate = 1 if batch or call.name == "rrelu" else call.args[1] if len(call.args) > 1 else call.kwargs.get("p", 1)
+    if training and rate != 0:
+        reason = "takes its statistics from the batch" if batch else "draws random numbers"
         raise RuntimeError(
             f"the model calls {call.name} in training mode, which {reason}: call model.eval() first "
             "(a batch norm without running statistics has no evaluation mode and cannot be explained)"

@@ -8,8 +8,10 @@ A rule replaces the gradient of one operator ``o = op(x, *args, **kwargs)``::
     rule(grad, x, *args, **kwargs) -> grad_x
 
 ``grad`` has the shape of ``o`` and is the gradient that arrives there, ``x`` is the operator's input, the rest are the
-operator's own arguments under torch's names; the result has the shape of ``x``. The *relevance* of a tensor is tensor *
-gradient, elementwise; a rule *passes* relevance unchanged where ``x * grad_x = o * grad``.
+operator's own arguments under torch's names; the result has the shape of ``x``. A rule that needs ``o`` has a keyword of
+that name and is then given the very values of the forward, else it computes them: in half precision the two differ, and
+relevance is conserved only by the former. The *relevance* of a tensor is tensor * gradient, elementwise; a rule *passes*
+relevance unchanged where ``x * grad_x = o * grad``.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ def conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    o: Tensor | None = None,
 ) -> Tensor:
     """TSGB-Conv: hand each position's relevance to all that it sees, in proportion to ``|x|``.
 
@@ -50,6 +54,7 @@ def conv(
         grad: (N, O, *out), arriving at the output.
         x: (N, C, *in), the input; floating, any sign.
         weight: (O, C / groups, *k). ``bias``: (O,) or None. The rest as in ``torch.nn.functional.conv2d``.
+        o: (N, O, *out), the output; None computes it.
 
     Returns:
         (N, C, *in), of the type of ``x``. The sums of ``x * grad_x`` and ``o * grad`` agree wherever n > 0.
@@ -61,7 +66,8 @@ def conv(
         >>> torch.allclose((x * conv(grad, x, weight)).sum(), (o * grad).sum(), rtol=1e-3, atol=1e-4)
         True
     """
-    return _share(grad, x, weight, bias, (stride, padding, dilation), groups, fields=groups)
+    o = _output(weight, x, bias, stride, padding, dilation, groups) if o is None else o
+    return _share(grad * o, x, weight, (stride, padding, dilation), fields=groups)
 
 
 def conv_lumped(
@@ -73,6 +79,8 @@ def conv_lumped(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    o: Tensor | None = None,
 ) -> Tensor:
     """TSGB-Conv as the authors run it: the sums of `conv` over all channels at once, whatever the groups.
 
@@ -83,7 +91,8 @@ def conv_lumped(
         >>> conv_lumped(grad, x, weight, groups=4).shape
         torch.Size([1, 4, 5, 5])
     """
-    return _share(grad, x, weight, bias, (stride, padding, dilation), groups, fields=1)
+    o = _output(weight, x, bias, stride, padding, dilation, groups) if o is None else o
+    return _share(grad * o, x, weight, (stride, padding, dilation), fields=1)
 
 
 def batch_norm(
@@ -96,6 +105,8 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    o: Tensor | None = None,
 ) -> Tensor:
     """Batch norm: relevance passes unchanged, ``grad_x = grad * o / (x + 1e-10)``.
 
@@ -116,7 +127,7 @@ def batch_norm(
         >>> torch.allclose(x * batch_norm(grad, x, mean, var), grad * o, atol=1e-5)
         True
     """
-    o = functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    o = functional.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps) if o is None else o
     return _over(grad * o, x + EPS)
 
 
@@ -250,7 +261,9 @@ def conv_head(
     return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, positions)
 
 
-def activation(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+def activation(
+    grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], o: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     """Elementwise activation: relevance passes unchanged, ``grad_x = grad * act(x) / x``, and act'(0) at 0.
 
     Holds for act(0) = 0; an activation with act(0) != 0 (``clamp(x, 1, 2)``) keeps its ordinary gradient.
@@ -259,6 +272,7 @@ def activation(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tens
         grad: any shape, arriving at the output.
         x: the same shape, the input.
         function: the activation, called as ``function(x, *args, **kwargs)``.
+        o: the same shape, the output; None computes it.
 
     Returns:
         The shape of ``x``; finite.
@@ -271,14 +285,16 @@ def activation(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tens
     if function(torch.zeros_like(x), *args, **kwargs).any():
         return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
     zero = x == 0
-    slope = function(x, *args, **kwargs) / torch.where(zero, 1, x)
+    slope = (function(x, *args, **kwargs) if o is None else o) / torch.where(zero, 1, x)
     if zero.any():
         at_zero = _linearised(lambda s: function(s, *args, **kwargs), torch.zeros_like(x))[1](torch.ones_like(x))
         slope = torch.where(zero, at_zero, slope)
     return grad * slope
 
 
-def shift(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+def shift(
+    grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], o: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     """Constant added or subtracted: relevance passes unchanged, ``grad_x = grad * o / x``.
 
     So a network that normalises its own input, ``(x - mean) / std``, gets the map of the network that is fed the
@@ -287,6 +303,7 @@ def shift(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], 
     Args:
         grad: any shape, arriving at the output. ``x``: the input, broadcast to it.
         function: the operator, called as ``function(x, *args, **kwargs)``.
+        o: the output; None computes it.
 
     Returns:
         The shape of ``x``; 0 where x = 0.
@@ -295,7 +312,7 @@ def shift(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], 
         >>> shift(torch.ones(2), torch.tensor([2.0, 4.0]), 1.0, function=torch.sub)
         tensor([0.5000, 0.7500])
     """
-    relevance = (grad * function(x, *args, **kwargs)).sum_to_size(x.shape)
+    relevance = (grad * (function(x, *args, **kwargs) if o is None else o)).sum_to_size(x.shape)
     return torch.where(x == 0, 0, _over(relevance, x))
 
 
@@ -330,22 +347,16 @@ def selectivity(hidden: bool) -> float:
     return 1.0 if hidden else 0.75
 
 
-def _share(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: tuple[Any, Any, Any],
-    groups: int,
-    fields: int,
-) -> Tensor:
-    """`conv` with the channels summed in so many fields."""
-    function = _convolution(weight)
+def _output(weight: Tensor, x: Tensor, *args: Any) -> Tensor:
+    return _convolution(weight)(x, weight, *args)
+
+
+def _share(relevance: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any], fields: int) -> Tensor:
+    """`conv` from the relevance of its output, with the channels summed in so many fields."""
     if x.dim() < weight.dim():
-        return _share(grad[None], x[None], weight, bias, geometry, groups, fields)[0]
-    relevance = grad * function(x, weight, bias, *geometry, groups)
-    c = _summed(relevance, fields)
-    size = _summed(x.abs(), fields)
+        return _share(relevance[None], x[None], weight, geometry, fields)[0]
+    function = _convolution(weight)
+    c, size = _summed(relevance, fields), _summed(x.abs(), fields)
     ones = weight.new_ones(fields, 1, *weight.shape[2:])
     n, transpose = _linearised(lambda s: function(s, ones, None, *geometry, fields), size)
     # A fast convolution may return a rounding error below zero where n is 0.
