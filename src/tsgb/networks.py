@@ -101,9 +101,12 @@ class BundledVGG(nn.Module):
         """Make the network with random weights."""
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs, pool in ((3, 16, 2), (16, 32, 2), (32, 64, 2), (64, 96, 2), (96, 128, 4)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
-            layers += [nn.ReLU(), nn.MaxPool2d(pool)]
+        inputs = 3
+        for channels, pool in (((16,), 2), ((32,), 2), ((64,), 2), ((96, 96), 2), ((128, 128), 4)):
+            for outputs in channels:
+                layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+                inputs = outputs
+            layers.append(nn.MaxPool2d(pool))
         self.features = nn.Sequential(*layers)
         self.flatten = nn.Flatten()
         self.classifier = nn.Sequential(
