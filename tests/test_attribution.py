@@ -312,6 +312,30 @@ def test_a_wrong_batch_size_and_a_models_own_errors():
         tsgb.explain(lambda x: Small()(x) * float("nan"), images(), 0)
 
 
+def test_wrong_rules_are_refused():
+    for table, kind, message in (
+        ("PAPER", TypeError, "rules must be a table, such as tsgb.rules.DEFAULT .*got str"),
+        ({functional.relu: rules.ORDINARY}, ValueError, "lacks head, f"),
+    ):
+        with pytest.raises(kind, match=message):
+            tsgb.explain(Small(), images(), 0, rules=table)
+    for f in ("1", float("nan")):
+        with pytest.raises(ValueError, match="f must be a number"):
+            tsgb.explain(Small(), images(), 0, f=f)
+
+
+def test_a_callers_graph_is_left_alone():
+    class Scaled(Small):
+        def forward(self, x, scale):
+            return super().forward(x * scale)
+
+    weight = torch.ones(1, 1, 1, 1, requires_grad=True)
+    scale = (weight * 2).square()  # no leaf
+    tsgb.explain(Scaled(), images(), 0, forward_kwargs={"scale": scale})
+    scale.sum().backward()
+    assert weight.grad.item() == 8
+
+
 def test_three_and_one_dimensions():
     for conv, pool, shape in ((nn.Conv1d, (2,), (2, 3, 16)), (nn.Conv3d, (2, 3, 4), (2, 3, 5, 6, 7))):
         layer, head = conv(3, 4, 3), nn.Linear(4, 2)

@@ -151,6 +151,8 @@ ACTIVATIONS = {  # function, derivative at 0
     functional.tanhshrink: 0.0,
     functional.hardshrink: 0.0,
     torch.tanh: 1.0,
+    torch.abs: 0.0,
+    torch.square: 0.0,
     partial(functional.leaky_relu, negative_slope=0.1): 0.1,
     partial(torch.clamp, min=-0.5, max=1): 1.0,
     partial(functional.hardtanh, min_val=-0.5, max_val=0.5): 1.0,

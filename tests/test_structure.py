@@ -15,7 +15,7 @@ ARROWS = {
     "operators": set(),
     "backprop": {"rules", "operators"},
     "targets": set(),
-    "checks": {"targets", "backprop"},
+    "checks": {"rules", "targets", "backprop"},
     "explanation": {"render", "pictures", "preprocessing"},
     "attribution": {"rules", "backprop", "targets", "checks", "explanation"},
     "doctor": {"rules", "attribution", "explanation"},

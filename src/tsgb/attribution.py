@@ -59,7 +59,7 @@ def explain(
     Raises:
         TargetError: the target does not fit the images or the output.
         CoverageError: no rule met anything, no head was found, or ``strict`` and an operator met no rule.
-        TypeError: images that are no floating tensors, or of another type than the model.
+        TypeError: images that are no floating tensors, or of another type than the model; rules that are no table.
         ValueError: images of a wrong shape, not finite, or on another device than the model.
         RuntimeError: the model is in training mode.
 
@@ -207,6 +207,7 @@ def _whole(relevance: Tensor) -> Tensor:
 def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_size: int | None) -> Iterator[_Part]:
     count = checks.check_inputs(inputs)
     checks.check_mode(request.model)
+    checks.check_table(request.table, request.f)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive int or None, got {batch_size!r}")
     target = targets.prepare(target, count, targets.names_of(request.model))
@@ -215,8 +216,10 @@ def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_
         rows = slice(start, start + step)
 
         def cut(value: Any, rows: slice = rows) -> Any:
-            per_image = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-            return value[rows] if per_image else value
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach()  # of a graph of the caller's own, which is none of the explanation's
+            return value[rows] if value.dim() > 0 and len(value) == count else value
 
         args, kwargs = tuple(map(cut, request.args)), {key: cut(value) for key, value in request.kwargs.items()}
         part = _explain(replace(request, args=args, kwargs=kwargs), tuple(x[rows] for x in inputs), cut(target))

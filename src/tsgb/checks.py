@@ -1,16 +1,27 @@
-"""What an explanation asks of the images and the model, and what it promises of the maps; each refusal says what to do."""
+"""What an explanation asks of its arguments and the model, and promises of its maps; a refusal says what to do."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import targets
+from . import rules, targets
 from .backprop import CoverageError
 
 
 def check_inputs(inputs: tuple[Tensor, ...]) -> int:
+    """Refuse images of a wrong kind, shape or value; return how many there are.
+
+    Raises:
+        TypeError: no floating tensors. ValueError: a wrong shape, or values that are not finite.
+
+    Example:
+        >>> import torch
+        >>> check_inputs((torch.zeros(2, 3, 8, 8),))
+        2
+    """
     if not inputs:
         raise ValueError("images must be a tensor (N, C, H, W) or a tuple of tensors, got an empty tuple")
     for x in inputs:
@@ -36,7 +47,34 @@ def check_inputs(inputs: tuple[Tensor, ...]) -> int:
 _STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")  # torchvision's, timm's
 
 
+def check_table(table: Any, f: Any) -> None:
+    """Refuse rules that are no table, and an f that is no number.
+
+    Raises:
+        TypeError, ValueError: says what a table is, or what f must be.
+
+    Example:
+        >>> check_table(rules.DEFAULT, 0.5)
+    """
+    how = "such as tsgb.rules.DEFAULT or {**tsgb.rules.DEFAULT, operator: rule}"
+    if not isinstance(table, dict):
+        raise TypeError(f"rules must be a table, {how}, got {type(table).__name__}")
+    missing = [key for key in (rules.HEAD, rules.F) if key not in table]
+    if missing:
+        raise ValueError(f"rules must be a table with the keys HEAD and F, {how}; it lacks {', '.join(missing)}")
+    if f is not None and (not isinstance(f, (int, float)) or not math.isfinite(f)):
+        raise ValueError(f"f must be a number, usually 0 to 1, or None, got {f!r}")
+
+
 def check_mode(model: Any) -> None:
+    """Refuse a module whose batch norm or dropout is in training mode.
+
+    Raises:
+        RuntimeError: names the module.
+
+    Example:
+        >>> check_mode(nn.Dropout(0.5).eval())
+    """
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
@@ -52,6 +90,16 @@ def check_mode(model: Any) -> None:
 
 
 def check_logits(logits: Tensor, count: int) -> Tensor:
+    """Refuse logits that do not come from the images, or are not one row for each.
+
+    Raises:
+        CoverageError: no gradient. TargetError: another number of rows. ValueError: NaN.
+
+    Example:
+        >>> import torch
+        >>> check_logits(torch.zeros(2, 5, requires_grad=True), 2).shape
+        torch.Size([2, 5])
+    """
     if not logits.requires_grad:
         raise CoverageError(
             "the model's output does not depend on the images through differentiable operations: it is detached, "
@@ -68,6 +116,15 @@ def check_logits(logits: Tensor, count: int) -> Tensor:
 
 
 def check_maps(maps: list[Tensor]) -> None:
+    """Refuse maps that are not finite.
+
+    Raises:
+        FloatingPointError: names the image.
+
+    Example:
+        >>> import torch
+        >>> check_maps([torch.zeros(2, 8, 8)])
+    """
     for values in maps:
         broken = ~values.isfinite().flatten(1).all(1)
         if broken.any():

@@ -69,8 +69,7 @@ def explain(
 ) -> None:
     """Explain pictures: for each target an overlay (.png) and the raw map (.npy), and one record.json.
 
-    A bad picture among good ones is reported and the rest is done. Pictures of more than 100 million pixels are
-    refused.
+    A bad picture among good ones is reported, the rest is done. The limit is 100 million pixels a picture.
     """
     from . import pictures, report
 
@@ -100,7 +99,8 @@ def explain(
     for line in found.problems:
         typer.echo(f"tsgb: {line}", err=True)
     for name in sorted({row[0] for entry in found.entries for row in entry["coverage"] if row[1] is None}):
-        typer.echo(f"tsgb: no rule for {name}, which kept its ordinary gradient: see tsgb doctor", err=True)
+        hint = f"see tsgb doctor --model {model}"
+        typer.echo(f"tsgb: no rule for {name}, which kept its ordinary gradient: {hint}", err=True)
     if found.entries:
         typer.echo(f"record: {out / 'record.json'}")
     if found.problems:
@@ -139,6 +139,8 @@ def _load(
 ) -> Any:
     from . import models
 
+    if resize not in (None, "squash", "crop"):
+        _wrong_call(f"--resize must be squash or crop, got {resize!r}")
     sides = None if size is None else _numbers("--size", size, "x", int, (1, 2))
     return models.load(
         model,
@@ -219,8 +221,12 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("tsgb: interrupted", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
-        typer.echo(f"tsgb: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+    except typer.BadParameter:
+        raise
+    except Exception as error:  # a network's own code may raise anything
+        from .report import one_line
+
+        typer.echo(f"tsgb: {one_line(error)}", err=True)
         raise typer.Exit(1) from None
 
 

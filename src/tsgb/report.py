@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from . import pictures, render, rules, targets
 from .attribution import explain
+from .backprop import CoverageError
 from .explanation import Explanation
 from .models import Network
 
 METHODS: dict[str, rules.Table] = {"tsgb": rules.DEFAULT, "tsgb-paper": rules.PAPER}
 
-#: What goes wrong with one picture and leaves the others alone.
-PROBLEMS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError)
+#: Errors whose message alone says what is wrong; a network's own code may raise anything else.
+_CLEAR = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError)
 
 
 @dataclass
@@ -61,8 +63,9 @@ def explain_files(
         done: called with 1 after each picture, good or bad.
 
     Raises:
-        TargetError: a target is no class of the model.
-        ValueError: an output would replace one of the pictures.
+        TargetError: a target is no class of the model, or the model has not as many classes as names.
+        CoverageError: as `explain` does.
+        ValueError: an output could replace one of the pictures.
         OSError: the folder cannot be written.
 
     Example:
@@ -74,10 +77,11 @@ def explain_files(
         ['red_0.png', 'red_0.npy', 'red_1.png', 'red_1.npy', 'red_sheet.png', 'record.json']
     """
     asked = [_asked(word, network.names) for word in wanted]
-    inputs = {path.resolve() for path in paths}
+    stems = pictures.labels(paths)
+    _check_inputs_stay(paths, stems, out)
     report = Report()
     try:
-        for path, stem in zip(paths, pictures.labels(paths), strict=True):
+        for path, stem in zip(paths, stems, strict=True):
             try:
                 picture = pictures.read(path)
                 digest = pictures.sha256(path)
@@ -88,13 +92,13 @@ def explain_files(
                     network.model, tensor, _target(network.model, tensor, asked), rules=METHODS[method], f=f
                 )
                 entries = _entries(network, path, digest, picture, explanation, method, stem)
-            except targets.TargetError:
+            except (targets.TargetError, CoverageError):
                 raise  # it would fail for every picture
-            except PROBLEMS as error:
+            except Exception as error:
                 report.problems.append(_line(path, error))
                 done(1)
                 continue
-            report.files += _write(picture, explanation, entries, out, stem, inputs, network)
+            report.files += _write(picture, explanation, entries, out, stem, network)
             report.entries += entries
             done(1)
     finally:
@@ -106,9 +110,17 @@ def explain_files(
     return report
 
 
+def _check_inputs_stay(paths: Sequence[Path], stems: Sequence[str], out: Path) -> None:
+    """Refuse pictures that lie in the output folder under a name that an output may have."""
+    outputs = re.compile(rf"(({'|'.join(map(re.escape, stems))})_(\d+|sheet)\.(png|npy)|record\.json)")
+    for path in paths:
+        if path.resolve().parent == out.resolve() and outputs.fullmatch(path.resolve().name):
+            raise ValueError(f"{path} is one of the pictures to explain and could be replaced: choose another --out")
+
+
 def _asked(word: str, names: Sequence[str] | None) -> int | str:
     """A target as the command line gives it: an index, a name or topK."""
-    if word.strip().lstrip("-").isdigit():
+    if re.fullmatch(r"\s*-?\d+\s*", word):
         return int(word)
     if targets.is_top(word) and word not in (names or ()):
         return word.strip().lower()
@@ -137,6 +149,9 @@ def _entries(
     network: Network, path: Path, digest: str, picture: Image.Image, e: Explanation, method: str, stem: str
 ) -> list[dict[str, Any]]:
     probabilities = e.logits.float().softmax(1)
+    if network.names and len(network.names) != probabilities.shape[1]:
+        classes = f"{probabilities.shape[1]} classes, but {len(network.names)} names"
+        raise targets.TargetError(f"{network.spec} has {classes}: give one name for each class, or none")
     entries = []
     for k, index in enumerate(e.targets[0].tolist()):
         entries.append(
@@ -171,17 +186,11 @@ def _write(
     entries: list[dict[str, Any]],
     out: Path,
     stem: str,
-    inputs: set[Path],
     network: Network,
 ) -> list[Path]:
     names = [entry[kind] for entry in entries for kind in ("overlay", "map")]
     if len(entries) > 1:
         names.append(f"{stem}_sheet.png")
-    for name in (*names, "record.json"):
-        if (out / name).resolve() in inputs:
-            raise ValueError(
-                f"{out / name} is one of the pictures to explain and would be replaced: choose another --out"
-            )
     overlays = []
     for k, entry in enumerate(entries):
         map = e.maps[0, k].cpu().numpy()
@@ -222,7 +231,20 @@ def _number(value: Tensor) -> float | None:
     return float(value) if value.isfinite() else None
 
 
-def _line(path: Path, error: BaseException) -> str:
+def one_line(error: Exception) -> str:
+    """Say what went wrong on one line, with the error's type where the message alone may say nothing.
+
+    Example:
+        >>> one_line(KeyError("head")), one_line(ValueError("no\\nhead"))
+        ("KeyError: 'head'", 'no head')
+    """
+    message = " ".join(str(error).split())
+    if message and isinstance(error, _CLEAR):
+        return message
+    return f"{type(error).__name__}: {message}".rstrip(": ")
+
+
+def _line(path: Path, error: Exception) -> str:
     """One line for a problem, which names the file."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error)
     return message if str(path) in message else f"{path}: {message}"
