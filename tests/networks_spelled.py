@@ -203,6 +203,44 @@ class Geometries(Spelled):
         return self.plain_head(p, p.passing(p.layer(x, self.wide), functional.relu))
 
 
+class Halves(Spelled):
+    """Parts of a tensor that are written in place."""
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        a, b = x.chunk(2, dim=1)
+        functional.relu_(a)
+        b.clamp_(min=0)
+        y = self.norm2(self.conv2(x)).add(other=x)
+        y[:, ::2] += y[:, 1::2]
+        return self.head(y.relu_().mean((2, 3)))
+
+    def twin(self, p, x):
+        x = p.passing(p.norm(p.layer(x, self.conv1), self.norm1), functional.relu)
+        y = p.norm(p.layer(x, self.conv2), self.norm2) + x
+        y = torch.stack([y[:, 0] + y[:, 1], y[:, 1], y[:, 2] + y[:, 3], y[:, 3]], 1)
+        return self.plain_head(p, p.passing(y, functional.relu))
+
+
+class ScaledLogits(Spelled):
+    """What stands above the head is no evidence: its derivative counts, not its values."""
+
+    def build(self):
+        super().build()
+        self.last = nn.BatchNorm1d(5)
+        self.last.bias.data.normal_()
+
+    def forward(self, x):
+        x = functional.relu(self.norm1(self.conv1(x)))
+        return torch.tanh(self.last(self.head(x.mean((2, 3)))) / 0.5 - 0.1)
+
+    def twin(self, p, x):
+        x = p.passing(p.norm(p.layer(x, self.conv1), self.norm1), functional.relu)
+        last = self.last
+        x = (self.plain_head(p, x) - last.running_mean) / (last.running_var + last.eps).sqrt() * last.weight + last.bias
+        return torch.tanh(x / 0.5 - 0.1)
+
+
 class Reused(Spelled):
     """One convolution and one norm in two places."""
 

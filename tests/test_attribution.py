@@ -208,9 +208,9 @@ def test_outputs_are_understood(wrap):
 def test_other_outputs_say_how():
     model, x = Small(), images()
     for output, message in (
-        (lambda x: {"a": model(x), "b": model(x)}, "got dict with a, b: pass target=fn"),
+        (lambda x: {"a": model(x), "b": model(x)}, "got dict with a, b: in Python, pass target=fn"),
         (lambda x: None, "got NoneType"),
-        (lambda x: model.conv1(x), r"needs logits of shape \(N, classes\), got \(4, 6, 12, 12\): pass target=fn"),
+        (lambda x: model.conv1(x), r"needs logits of shape \(N, classes\), got \(4, 6, 12, 12\): in Python, pass target=fn"),
         (lambda x: model(x)[:2], r"one row of logits an image, 4, got \(2, 5\)"),
     ):
         with pytest.raises(tsgb.TargetError, match=message):

@@ -52,8 +52,7 @@ class _Ruling:
     head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
     on_vector: bool = False
     is_linear: bool = False
-    is_constant: bool = False
-    is_ordinary: bool = False  # set on constants above the head: they are its bias, which the head leaves out
+    is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
     f: float | None = None  # set on the heads
     arrived: Tensor | None = None  # of a head: per image, whether any gradient arrived in this backward
 
@@ -142,7 +141,7 @@ class Backprop(TorchFunctionMode):
         call = operators.read(func, args, kwargs)
         met = self._meet(call)
         if met is None:
-            return self._note(call, func(*args, **kwargs))
+            return self._note(call, _separate(args, func(*args, **kwargs)))
         ruling, call = met
         self._met.append(ruling)
         o = _Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
@@ -158,7 +157,7 @@ class Backprop(TorchFunctionMode):
             if _is_linear(signals[0].grad_fn):
                 return None  # the bias of a linear layer, in another spelling
             function, rule = self._constant[call.name]
-            return _ruling(call, function, rule, is_constant=True), call
+            return _ruling(call, function, rule), call
         if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
             gate = _gate(*signals) if call.name != "div" else signals[1]
             if gate is not None:
@@ -210,7 +209,7 @@ class Backprop(TorchFunctionMode):
             else:
                 self.above.append(ruling.name if ruling else _notes(node).get(_NAME, node.name()))
                 if ruling is not None:
-                    ruling.is_ordinary = ruling.is_constant
+                    ruling.is_ordinary = True
             if _notes(node).get(_WEIGHTED):
                 raise CoverageError(
                     f"the target comes from `{_notes(node)[_NAME]}`, an operator with weights for which the rules "
@@ -342,6 +341,16 @@ def _constant(tensor: Tensor) -> Tensor:
     if tensor.is_inference():
         return tensor.clone()
     return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
+
+
+def _separate(args: tuple[Any, ...], outputs: Any) -> Any:
+    """Let views that one call returned together (``x.chunk(2)``) be written in place, as they may be without gradients."""
+    if type(outputs) not in (tuple, list) or not args or not isinstance(args[0], Tensor):
+        return outputs
+    storage = args[0].untyped_storage().data_ptr()
+    if not all(isinstance(t, Tensor) and t._is_view() and t.untyped_storage().data_ptr() == storage for t in outputs):
+        return outputs
+    return type(outputs)(args[0].as_strided(t.shape, t.stride(), t.storage_offset()) for t in outputs)
 
 
 def _held(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,18 +80,15 @@ def explain(
         _wrong_call(f"--f must be from 0 to 1, got {f}")
     with _told():
         network = _load(model, weights, size, mean, std, resize)
-        wanted = list(target or [])
-        if images:
-            paths = pictures.collect(images)
-        else:
-            path, classes = _scene(out)
-            paths = [path]
+        with contextlib.nullcontext((images, ())) if images else _scene(out) as (given, shown):
+            paths, wanted = pictures.collect(given), list(target or [])
             if not wanted and tuple(network.names or ()) == _scene_classes():
-                wanted = [str(index) for index in classes]
-        with typer.progressbar(
-            length=len(paths), file=sys.stderr, label="explaining", hidden=len(paths) == 1 or not sys.stderr.isatty()
-        ) as bar:
-            found = report.explain_files(network, paths, wanted, out, method=method, f=f, done=bar.update)
+                wanted = [str(index) for index in shown]
+            quiet = len(paths) == 1 or not sys.stderr.isatty()
+            with typer.progressbar(length=len(paths), file=sys.stderr, label="explaining", hidden=quiet) as bar:
+                found = report.explain_files(network, paths, wanted, out, method=method, f=f, done=bar.update)
+            if found.problems and not images:
+                raise ValueError(found.problems[0])
     for line in _lines(found.entries, out):
         typer.echo(line)
     for file in found.files:
@@ -177,16 +175,24 @@ def _scene_classes() -> tuple[str, ...]:
     return CLASSES
 
 
-def _scene(out: Path) -> tuple[Path, tuple[int, ...]]:
-    """Write the bundled scene to the output folder and name its classes."""
+@contextmanager
+def _scene(out: Path) -> Iterator[tuple[list[Path], tuple[int, ...]]]:
+    """Write the bundled scene to the output folder and name its classes; take it away if it cannot be explained."""
     from PIL import Image
 
     from . import render, scenes
 
     seed, size = SCENE
-    scene = scenes.render(seed, count=2, size=size)
-    render.save(Image.fromarray(scene.picture), out / "scene.png")
-    return out / "scene.png", scene.classes
+    scene, path, is_new = scenes.render(seed, count=2, size=size), out / "scene.png", not out.exists()
+    render.save(Image.fromarray(scene.picture), path)
+    try:
+        yield [path], scene.classes
+    except BaseException:
+        path.unlink()
+        with contextlib.suppress(OSError):  # not empty: another run writes there
+            if is_new:
+                out.rmdir()
+        raise
 
 
 def _sample(network: Any) -> Any:

@@ -84,6 +84,9 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if "input" in call.kwargs:
         rest = {key: value for key, value in call.kwargs.items() if key != "input"}
         call = replace(call, args=(call.kwargs["input"], *call.args), kwargs=rest)
+    if len(call.args) == 1 and "other" in call.kwargs:
+        rest = {key: value for key, value in call.kwargs.items() if key != "other"}
+        call = replace(call, args=(call.args[0], call.kwargs["other"]), kwargs=rest)
     return _SWAPS.get(call.name, _same)(call)
 
 
@@ -175,9 +178,8 @@ def _same(call: Call) -> Call:
 
 def _commuted(call: Call) -> Call:
     """``c + x`` as ``x + c``."""
-    operands = (*call.args, *(call.kwargs[key] for key in ("other",) if key in call.kwargs))
-    if len(operands) == 2 and not _depends(operands[0]) and not call.kwargs.keys() - {"other"}:
-        return replace(call, args=operands[::-1], kwargs={})
+    if len(call.args) == 2 and not _depends(call.args[0]) and not call.kwargs:
+        return replace(call, args=call.args[::-1])
     return call
 
 
@@ -195,7 +197,7 @@ def _divided(call: Call) -> Call:
 
 def _multiplied_by_weight(call: Call) -> Call:
     """``x @ W`` as ``linear(x, W.T)``."""
-    operands = (*call.args, *(call.kwargs[key] for key in ("other", "mat2") if key in call.kwargs))
+    operands = (*call.args, *(call.kwargs[key] for key in ("mat2",) if key in call.kwargs))
     if len(operands) == 2 and _depends(operands[0]) and not _depends(operands[1]):
         x, weight = operands
         if weight.dim() == 2 and x.dim() >= 2:

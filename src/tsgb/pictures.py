@@ -88,7 +88,7 @@ def read(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise _error(path, "not a picture in a format that can be read") from error
     except Image.DecompressionBombError as error:
-        raise _error(path, f"too large: {error}") from error
+        raise _error(path, f"too large: more than {MAX_PIXELS} pixels in all") from error
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise _error(path, f"cannot be decoded: {str(error) or type(error).__name__}") from error
 

@@ -66,6 +66,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Check the arguments; lists, as JSON has them, become tuples."""
         object.__setattr__(self, "size", _pair(self.size, "size", "(height, width)"))
+        if self.size[0] * self.size[1] > _MAX_SCALED:
+            raise ValueError(f"size must be of at most 100 million pixels, got {self.size[0]} x {self.size[1]}")
         for name, allowed, fits in (
             ("mean", "from 0 to 1", lambda value: 0 <= value <= 1),
             ("std", "above 0 and at most 1", lambda value: 0 < value <= 1),

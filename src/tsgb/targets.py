@@ -61,7 +61,7 @@ def find_logits(output: Any) -> Tensor:
     held = f" with {', '.join(map(str, fields))}" if fields else ""
     raise TargetError(
         f"the model's output must be the logits (N, classes), or hold them as 'logits' or 'out', got "
-        f"{type(output).__name__}{held}: pass target=fn(output) -> (N,) tensor"
+        f"{type(output).__name__}{held}: in Python, pass target=fn(output) -> (N,) tensor"
     )
 
 
@@ -181,7 +181,7 @@ def resolve(target: Target, logits: Tensor) -> Tensor:
     """
     if logits.dim() != 2:
         raise TargetError(
-            f"a class target needs logits of shape (N, classes), got {tuple(logits.shape)}: pass "
+            f"a class target needs logits of shape (N, classes), got {tuple(logits.shape)}: in Python, pass "
             "target=fn(output) -> (N,) tensor, such as lambda output: output[:, 3].mean((1, 2))"
         )
     classes = logits.shape[1]

@@ -7,11 +7,11 @@ A rule replaces the gradient of one operator ``o = op(x, *args, **kwargs)``::
 
     rule(grad, x, *args, **kwargs) -> grad_x
 
-``grad`` has the shape of ``o`` and is the gradient that arrives there, ``x`` is the operator's input, the rest are the
-operator's own arguments under torch's names; the result has the shape of ``x``. A rule that needs ``o`` has a keyword of
-that name and is then given the very values of the forward, else it computes them: in half precision the two differ, and
-relevance is conserved only by the former. The *relevance* of a tensor is tensor * gradient, elementwise; a rule *passes*
-relevance unchanged where ``x * grad_x = o * grad``.
+``grad`` has the shape of ``o`` and is the gradient that arrives there, ``x`` is the operator's input, the rest are
+the operator's own arguments under torch's names; the result has the shape of ``x``. A rule that needs ``o`` has a
+keyword of that name and is then given the very values of the forward, else it computes them: in half precision the
+two differ, and relevance is conserved only by the former. The *relevance* of a tensor is tensor * gradient,
+elementwise; a rule *passes* relevance unchanged where ``x * grad_x = o * grad``.
 """
 
 from __future__ import annotations
