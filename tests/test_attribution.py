@@ -210,7 +210,10 @@ def test_other_outputs_say_how():
     for output, message in (
         (lambda x: {"a": model(x), "b": model(x)}, "got dict with a, b: in Python, pass target=fn"),
         (lambda x: None, "got NoneType"),
-        (lambda x: model.conv1(x), r"needs logits of shape \(N, classes\), got \(4, 6, 12, 12\): in Python, pass target=fn"),
+        (
+            lambda x: model.conv1(x),
+            r"logits of shape \(N, classes\), got \(4, 6, 12, 12\): in Python, pass target=fn",
+        ),
         (lambda x: model(x)[:2], r"one row of logits an image, 4, got \(2, 5\)"),
     ):
         with pytest.raises(tsgb.TargetError, match=message):

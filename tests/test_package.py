@@ -49,3 +49,11 @@ def test_the_version_is_the_same_everywhere():
 def test_the_readme_begins_with_code():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert next(n for n, line in enumerate(lines, 1) if line.startswith("```")) < 20
+
+
+def test_the_readmes_example_runs():
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (example,) = (block.split("```")[0] for block in blocks if block.startswith("import torch"))
+    names: dict = {}
+    exec(example, names)
+    assert names["e"].maps.shape == (2, 2, 128, 128)

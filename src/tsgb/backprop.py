@@ -344,7 +344,7 @@ def _constant(tensor: Tensor) -> Tensor:
 
 
 def _separate(args: tuple[Any, ...], outputs: Any) -> Any:
-    """Let views that one call returned together (``x.chunk(2)``) be written in place, as they may be without gradients."""
+    """Let views that one call returned together (``x.chunk(2)``) be written in place, as they may be without grad."""
     if type(outputs) not in (tuple, list) or not args or not isinstance(args[0], Tensor):
         return outputs
     storage = args[0].untyped_storage().data_ptr()

@@ -29,9 +29,11 @@ Model = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="State dict, .pth or .safetensors; else the library's own.", metavar="FILE")
 ]
-Size = Annotated[str | None, typer.Option(help="Input size of the network: 224, or HEIGHTxWIDTH.")]
-Mean = Annotated[str | None, typer.Option(help="Mean of the pixels in 0..1: one number or R,G,B.")]
-Std = Annotated[str | None, typer.Option(help="Standard deviation of the pixels in 0..1: one number or R,G,B.")]
+Size = Annotated[str | None, typer.Option(help="Input size of the network: 224, or HEIGHTxWIDTH.", metavar="N")]
+Mean = Annotated[str | None, typer.Option(help="Mean of the pixels in 0..1: one number or R,G,B.", metavar="X")]
+Std = Annotated[
+    str | None, typer.Option(help="Standard deviation of the pixels in 0..1: one number or R,G,B.", metavar="X")
+]
 Resize = Annotated[
     str | None, typer.Option(help="squash the whole picture, or crop its centre.", metavar="squash|crop")
 ]
@@ -48,7 +50,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def explain(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Picture files or folders of them; none: a bundled scene.", metavar="IMAGE..."),
+        typer.Argument(help="Picture files or folders of them; none: a bundled scene.", metavar="IMAGE"),
     ] = None,
     model: Model = "bundled",
     weights: Weights = None,
@@ -58,9 +60,12 @@ def explain(
             help="Class index, class name or topK; may be repeated. Default: the predicted class.", metavar="T"
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="tsgb, or tsgb-paper: as the paper's authors run it.")] = "tsgb",
+    method: Annotated[
+        str, typer.Option(help="tsgb, or tsgb-paper: as the paper's authors run it.", metavar="NAME")
+    ] = "tsgb",
     f: Annotated[
-        float | None, typer.Option(help="Share of the evidence for the class that evidence against it balances, 0..1.")
+        float | None,
+        typer.Option(help="Share of the evidence for the class that evidence against it balances, 0..1.", metavar="F"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.", metavar="DIR")] = Path("tsgb-out"),
     size: Size = None,
