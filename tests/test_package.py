@@ -35,7 +35,6 @@ def test_the_bundled_weights_have_their_record():
         accuracy = {row["objects"]: row[f"all_in_top_{row['objects']}"] for row in record["held_out"]}
         assert accuracy[1] >= 0.97
         assert accuracy[2] >= 0.95
-        assert record["training"]["minutes"] <= 15
         assert (folder / f"{name}.safetensors").stat().st_size <= 2 * 1024**2
 
 
