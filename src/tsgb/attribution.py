@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +17,8 @@ from .targets import Target
 
 __all__ = ["TSGB", "explain"]
 
-# Stands for 0 in an image, so that x * gradient has something to carry where a model shifts its own input and the black
-# pixel gets evidence. Too small to change any activation. float16 has no such number, and keeps its zeros.
+# Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
+# used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
 _NOTHING = 1e-30
 
 
@@ -234,28 +233,28 @@ def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_
 
 def _explain(request: _Request, inputs: tuple[Tensor, ...], target: Target) -> _Part:
     count = len(inputs[0])
-    with torch.inference_mode(False), torch.enable_grad(), _random_state(inputs[0].device):
-        leaves = tuple(_leaf(x) for x in inputs)
-        images = tuple(leaf.clone() for leaf in leaves)
-        with recording(request.table, request.f) as run:
-            output = _forward(request.model, images, request.args, request.kwargs)
-        if callable(target):
-            scores = [targets.scores(target, output, count)]
-            seeds = [torch.ones_like(scores[0])]
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves, run, output, logits, asked = _recorded(request, inputs, target, count)
+        if run.has_shifts and any((x == 0).any() for x in inputs):
+            # Zeros carry nothing, and a shift may have given them evidence: a number in their place carries it.
+            filled = _recorded(request, tuple(_filled(x) for x in inputs), target, count)
+            if _same(logits, filled[3]):
+                leaves, run, output, logits, asked = filled
+        if asked is not None:
+            scores, seeds = [asked], [torch.ones_like(asked)]
             indices = torch.full((count, 1), -1)
-            logits = _logits_if_any(output)
         else:
-            logits = targets.find_logits(output)
-            indices = targets.resolve(target, checks.check_logits(logits, count))
-            scores = [logits] * indices.shape[1]
-            seeds = [_one_hot(indices[:, k], logits) for k in range(indices.shape[1])]
-        run.find_heads(scores[0])
+            answer = targets.find_logits(output)
+            indices = targets.resolve(target, checks.check_logits(answer, count))
+            scores = [answer] * indices.shape[1]
+            seeds = [_one_hot(indices[:, k], answer) for k in range(indices.shape[1])]
+        run.find_heads(scores[0], count)
         run.check_positions()
         columns: list[list[Tensor]] = []
         reasons: list[list[str | None]] = []
         for k, (score, seed) in enumerate(zip(scores, seeds, strict=True)):
             with torch.autocast(inputs[0].device.type, enabled=False):
-                grads = torch.autograd.grad(score, leaves, seed, retain_graph=k + 1 < len(scores), allow_unused=True)
+                grads = _gradients(score, leaves, seed, retain=k + 1 < len(scores))
             relevance = [_relevance(x, leaf, grad) for x, leaf, grad in zip(inputs, leaves, grads, strict=True)]
             maps = [_pooled(r) for r in relevance]
             checks.check_maps(maps)
@@ -264,18 +263,42 @@ def _explain(request: _Request, inputs: tuple[Tensor, ...], target: Target) -> _
     return _Part(
         relevance=[torch.stack(column, 1) for column in zip(*columns, strict=True)],
         targets=indices,
-        logits=None if logits is None else logits.detach(),
+        logits=logits,
         coverage=run.coverage(),
         why_empty=[list(row) for row in zip(*reasons, strict=True)],
         f=float(run.f if run.f is not None else 0.0),
     )
 
 
-def _leaf(image: Tensor) -> Tensor:
-    image = image.detach()
-    if torch.finfo(image.dtype).tiny < _NOTHING:
-        return torch.where(image == 0, _NOTHING, image).requires_grad_()
-    return image.clone().requires_grad_()
+def _recorded(
+    request: _Request, inputs: tuple[Tensor, ...], target: Target, count: int
+) -> tuple[tuple[Tensor, ...], Backprop, Any, Tensor | None, Tensor | None]:
+    """Run the model, and a callable target, under the rules: leaves, record, output, copied logits, and scores."""
+    leaves = tuple(x.detach().as_subclass(Tensor).clone().requires_grad_() for x in inputs)
+    images = tuple(leaf.clone() for leaf in leaves)
+    with recording(request.table, request.f) as run:
+        output = _forward(request.model, images, request.args, request.kwargs)
+        found = _logits_if_any(output)
+        logits = None if found is None else found.detach().clone()
+        asked = targets.scores(target, output, count) if callable(target) else None
+    return leaves, run, output, logits, asked
+
+
+def _filled(image: Tensor) -> Tensor:
+    return torch.where(image == 0, _NOTHING, image) if torch.finfo(image.dtype).tiny < _NOTHING else image
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is None or other is None or torch.equal(one, other)
+
+
+def _gradients(score: Tensor, leaves: tuple[Tensor, ...], seed: Tensor, retain: bool) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in f"{type(error).__name__} {error}".lower():
+            raise RuntimeError("the model uses gradient checkpointing, which runs it twice: switch it off") from error
+        raise
 
 
 def _relevance(image: Tensor, leaf: Tensor, grad: Tensor | None) -> Tensor:
@@ -333,18 +356,3 @@ def _why_empty(run: Backprop, leaves: tuple[Tensor, ...], maps: list[Tensor]) ->
         else:
             reasons.append("no feature with evidence at the head is connected to a pixel that is not zero")
     return reasons
-
-
-@contextmanager
-def _random_state(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was, also where the model draws from it."""
-    before = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        # Written only where it changed: other threads may draw from it at the same time.
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
-        if on_device is not None and not torch.equal(on_device, torch.cuda.get_rng_state(device)):
-            torch.cuda.set_rng_state(on_device, device)

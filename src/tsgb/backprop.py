@@ -53,7 +53,8 @@ class _Ruling:
     on_vector: bool = False
     is_linear: bool = False
     is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
-    f: float | None = None  # set on the heads
+    f: float | None = None  # set on the heads, with the number of images
+    count: int = 0
     arrived: Tensor | None = None  # of a head: per image, whether any gradient arrived in this backward
 
     def backward(self, grad: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
@@ -73,8 +74,12 @@ class _Ruling:
                 grad_x = self.rule(_single(grad), _single(x), *args, **output, **kwargs)
             else:
                 assert self.head_rule is not None
-                self.arrived = grad.flatten(1).any(1)
-                grad_x = self.head_rule(_single(grad), _single(x), *args, f=self.f, **kwargs)
+                # Features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image.
+                swapped = self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
+                grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
+                self.arrived = grad.reshape(len(grad), -1).any(1)
+                grad_x = self.head_rule(_single(grad), _single(features), *args, f=self.f, **kwargs)
+                grad_x = grad_x.transpose(0, 1) if swapped else grad_x
         if grad_x.dtype != x.dtype:
             largest = torch.finfo(x.dtype).max
             grad_x = grad_x.clamp(-largest, largest).to(x.dtype)
@@ -113,7 +118,7 @@ class Backprop(TorchFunctionMode):
         >>> x = torch.rand(1, 3, 8, 8, requires_grad=True).clone()
         >>> with recording(rules.PAPER) as run:
         ...     logits = model(x)
-        >>> run.find_heads(logits)
+        >>> run.find_heads(logits, 1)
         >>> run.coverage()
         [('conv2d', 'conv_lumped', 1), ('flatten', 'ordinary', 1), ('linear', 'linear_head', 1)]
     """
@@ -128,6 +133,8 @@ class Backprop(TorchFunctionMode):
         self._f = table[rules.F] if f is None else f
         self._met: list[_Ruling] = []
         self._unruled: Counter[tuple[str, str | None]] = Counter()
+        self._unseen: Counter[str] = Counter()
+        self.has_shifts = False  # whether a constant was added to what comes from the image
         self.heads: list[_Ruling] = []
         self.above: list[str] = []  # names of the operators between the head and the target
         self.f: float | None = None
@@ -157,6 +164,7 @@ class Backprop(TorchFunctionMode):
             if _is_linear(signals[0].grad_fn):
                 return None  # the bias of a linear layer, in another spelling
             function, rule = self._constant[call.name]
+            self.has_shifts = True
             return _ruling(call, function, rule), call
         if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
             gate = _gate(*signals) if call.name != "div" else signals[1]
@@ -191,23 +199,33 @@ class Backprop(TorchFunctionMode):
             )
         return output
 
-    def find_heads(self, target: Tensor) -> None:
+    def find_heads(self, target: Tensor, count: int) -> None:
         """Walk from the target's node to the first operators that carry weights: they are the head.
 
         Args:
-            target: the logits, or what was computed from them.
+            target: the logits, or what was computed from them, for ``count`` images.
 
         Raises:
             CoverageError: no head was found, or an operator unknown to the table may hide it.
         """
         self.heads, self.above, nodes = [], [], []
+        self._unseen = Counter(node.name() for node in _walk(target.grad_fn) if _is_unseen(node))
         for node in _walk(target.grad_fn, stop=_weighted):
+            if _is_unseen(node):
+                raise CoverageError(
+                    f"the target comes from {node.name()}, which did not pass through torch's functions in this "
+                    "thread (a scripted module, an autograd function), so the head cannot be told: write it in torch"
+                )
             ruling = getattr(node, "ruling", None)
             if ruling is not None and ruling.head_rule is not None:
                 nodes.append(node)
                 self.heads.append(ruling)
             else:
-                self.above.append(ruling.name if ruling else _notes(node).get(_NAME, node.name()))
+                name = ruling.name if ruling else _notes(node).get(_NAME, node.name())
+                self.above.append(name)
+                if self._unruled[name, None] and not _notes(node).get(_WEIGHTED):
+                    self._unruled[name, None] -= 1  # without weights and above the head, it needs no rule
+                    self._unruled[name, rules.ORDINARY] += 1
                 if ruling is not None:
                     ruling.is_ordinary = True
             if _notes(node).get(_WEIGHTED):
@@ -227,7 +245,7 @@ class Backprop(TorchFunctionMode):
         for ruling in self._met:
             ruling.f = None
         for head in self.heads:
-            head.f = self.f
+            head.f, head.count = self.f, count
 
     def check_positions(self) -> None:
         """Refuse a model that the rules cannot reach below its head.
@@ -235,7 +253,8 @@ class Backprop(TorchFunctionMode):
         Raises:
             CoverageError: no operator with weights acts on the positions of a map.
         """
-        if not any(ruling.head_rule is not None and not ruling.on_vector for ruling in self._met):
+        weighted = [ruling for ruling in self._met if ruling.head_rule is not None]
+        if all(ruling.is_linear or ruling.on_vector for ruling in weighted):
             seen = ", ".join(sorted({name for name, _, _ in self.coverage()}))
             raise CoverageError(
                 "the model has no convolution that the rules know: TSGB explains convolutional networks, and a plain "
@@ -253,7 +272,7 @@ class Backprop(TorchFunctionMode):
 
     def coverage(self) -> list[tuple[str, str | None, int]]:
         """List which operator met which rule how often; None for a weighted or curved operator that met none."""
-        rows = Counter(self._unruled)
+        rows = +self._unruled + Counter({(name, None): count for name, count in self._unseen.items()})
         for ruling in self._met:
             rule = _name(ruling.rule if ruling.f is None else ruling.head_rule)
             rows[ruling.name, rules.ORDINARY if ruling.is_ordinary else rule] += 1
@@ -281,8 +300,11 @@ def recording(table: rules.Table, f: float | None = None) -> Iterator[Backprop]:
     """
     kept = _Kept()
     hooks = saved_tensors_hooks(kept.pack, kept.unpack)
-    with torch.inference_mode(False), torch.enable_grad(), kept, hooks, Backprop(table, f) as run:
-        yield run
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), kept, hooks, Backprop(table, f) as run:
+            yield run
+    finally:
+        kept.restore_random_state()
 
 
 class _Cell:
@@ -300,6 +322,7 @@ class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._states: tuple[Any, ...] | None = None
         self._cells: dict[int, list[weakref.ref[_Cell]]] = {}
 
     def pack(self, tensor: Tensor) -> _Cell:
@@ -313,12 +336,21 @@ class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and self._states is None:
+            self._states = torch.get_rng_state(), _cuda_states()
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = args[position] if position < len(args) else kwargs.get(argument.name)
                 for tensor in operators.tensors(written):
                     self._copy(tensor)
         return func(*args, **kwargs)
+
+    def restore_random_state(self) -> None:
+        """Undo the model's own draws; where it drew nothing, other threads' draws are left alone."""
+        if self._states is not None:
+            torch.set_rng_state(self._states[0])
+            for device, state in enumerate(self._states[1]):
+                torch.cuda.set_rng_state(state, device)
 
     def _copy(self, tensor: Tensor) -> None:
         copies: dict[Any, Tensor] = {}  # one for all cells that hold the same view
@@ -334,6 +366,10 @@ class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Tensor], **roles: Any) -> _Ruling:
     args, kwargs = _map(lambda _: _SLOT, (call.args[1:], call.kwargs))
     return _Ruling(call.name, args, kwargs, function, rule, **roles)
+
+
+def _cuda_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
 def _constant(tensor: Tensor) -> Tensor:
@@ -391,7 +427,16 @@ def _is_linear(node: Node | None) -> bool:
     return ruling is not None and ruling.is_linear
 
 
-def _walk(start: Node | None, stop: Callable[[Node], bool]) -> Iterator[Node]:
+def _is_unseen(node: Node) -> bool:
+    """Tell whether a node came about behind the mode's back, and carries weights or bends."""
+    if hasattr(node, "ruling") or _NAME in _notes(node):
+        return False
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return not node.name().startswith("BackwardHookFunction")  # torch's own, an identity around hooked modules
+    return operators.BENDING.search(node.name()) is not None
+
+
+def _walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
     """The nodes from ``start`` towards the image, not past those where ``stop`` holds."""
     ahead, seen = [start], {start}
     while ahead:
@@ -412,6 +457,10 @@ def _gate(a: Tensor, b: Tensor) -> Tensor | None:
     A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating
     operator.
     """
+    if a.grad_fn is not None and b.grad_fn is not None:
+        opened = [bool(_notes(node).get(_OPEN)) for node in (a.grad_fn, b.grad_fn)]
+        if opened[0] != opened[1]:
+            return a if opened[0] else b
     sizes = [torch.Size(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0).numel() for t in (a, b)]
     if sizes[0] != sizes[1]:
         return a if sizes[0] < sizes[1] else b
@@ -420,7 +469,4 @@ def _gate(a: Tensor, b: Tensor) -> Tensor | None:
             return b
         if any(node is b.grad_fn for node in _walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
             return a
-        opened = [bool(_notes(node).get(_OPEN)) for node in (a.grad_fn, b.grad_fn)]
-        if opened[0] != opened[1]:
-            return a if opened[0] else b
     return None

@@ -183,19 +183,25 @@ def _scene_classes() -> tuple[str, ...]:
 @contextmanager
 def _scene(out: Path) -> Iterator[tuple[list[Path], tuple[int, ...]]]:
     """Write the bundled scene to the output folder and name its classes; take it away if it cannot be explained."""
+    import numpy as np
     from PIL import Image
 
-    from . import render, scenes
+    from . import pictures, render, scenes
 
     seed, size = SCENE
-    scene, path, is_new = scenes.render(seed, count=2, size=size), out / "scene.png", not out.exists()
+    scene, path, had_folder = scenes.render(seed, count=2, size=size), out / "scene.png", out.exists()
+    if path.exists():
+        if not np.array_equal(np.asarray(pictures.read(path)), scene.picture):
+            raise ValueError(f"{path} is another picture, which the bundled scene would replace: choose another --out")
+        yield [path], scene.classes
+        return
     render.save(Image.fromarray(scene.picture), path)
     try:
         yield [path], scene.classes
     except BaseException:
         path.unlink()
         with contextlib.suppress(OSError):  # not empty: another run writes there
-            if is_new:
+            if not had_folder:
                 out.rmdir()
         raise
 

@@ -8,6 +8,7 @@ them; what is left (synonyms, a bias that comes first, operands that change plac
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+#: Names of autograd's nodes that carry weights or bend, of which none should come about unseen.
+BENDING = re.compile(
+    r"^(Convolution|Addmm|Mm|Mv|Addmv|Bmm|Baddbmm|Linear|\w*BatchNorm|Sigmoid|Tanh|Relu|LeakyRelu|Hardtanh|Hardswish"
+    r"|Hardsigmoid|Silu|Gelu|Elu|Softplus|Mish|Exp|Log|Pow|Sqrt|Softmax|DifferentiableGraph|CompiledFunction)\w*Backward"
+    r"|DifferentiableGraph"
+)
 
 _SYNONYMS = {
     "subtract": "sub",

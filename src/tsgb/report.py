@@ -79,6 +79,7 @@ def explain_files(
     asked = [_asked(word, network.names) for word in wanted]
     stems = pictures.labels(paths)
     _check_inputs_stay(paths, stems, out)
+    earlier = _earlier(out)
     report = Report()
     try:
         for path, stem in zip(paths, stems, strict=True):
@@ -98,7 +99,7 @@ def explain_files(
                 report.problems.append(_line(path, error))
                 done(1)
                 continue
-            report.files += _write(picture, explanation, entries, out, stem, network)
+            report.files += _write(picture, explanation, entries, out, stem, network, earlier)
             report.entries += entries
             done(1)
     finally:
@@ -116,6 +117,16 @@ def _check_inputs_stay(paths: Sequence[Path], stems: Sequence[str], out: Path) -
     for path in paths:
         if path.resolve().parent == out.resolve() and outputs.fullmatch(path.resolve().name):
             raise ValueError(f"{path} is one of the pictures to explain and could be replaced: choose another --out")
+
+
+def _earlier(out: Path) -> set[str]:
+    """Names of the files that the last run into this folder wrote."""
+    try:
+        entries = json.loads((out / "record.json").read_text())["entries"]
+        names = {entry[kind] for entry in entries for kind in ("overlay", "map")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return names | {f"{name.rsplit('_', 1)[0]}_sheet.png" for name in names}
 
 
 def _asked(word: str, names: Sequence[str] | None) -> int | str:
@@ -148,7 +159,7 @@ def _target(model: Any, tensor: Tensor, asked: Sequence[int | str]) -> Any:
 def _entries(
     network: Network, path: Path, digest: str, picture: Image.Image, e: Explanation, method: str, stem: str
 ) -> list[dict[str, Any]]:
-    probabilities = e.logits.float().softmax(1)
+    probabilities = e.logits.float().softmax(1) if e.logits.shape[1] > 1 else torch.full_like(e.logits, float("nan"))
     if network.names and len(network.names) != probabilities.shape[1]:
         classes = f"{probabilities.shape[1]} classes, but {len(network.names)} names"
         raise targets.TargetError(f"{network.spec} has {classes}: give one name for each class, or none")
@@ -187,10 +198,18 @@ def _write(
     out: Path,
     stem: str,
     network: Network,
+    earlier: set[str],
 ) -> list[Path]:
     names = [entry[kind] for entry in entries for kind in ("overlay", "map")]
     if len(entries) > 1:
         names.append(f"{stem}_sheet.png")
+    for name in names:
+        if (
+            (out / name).exists()
+            and out.resolve() == Path(entries[0]["image"]).resolve().parent
+            and name not in earlier
+        ):
+            raise ValueError(f"{out / name} is there and no result of the last run: choose another --out")
     overlays = []
     for k, entry in enumerate(entries):
         map = e.maps[0, k].cpu().numpy()

@@ -63,9 +63,12 @@ _ACTIVATIONS = (
     functional.threshold,
     torch.tanh,
     torch.abs,
+    torch.atan,
+    torch.erf,
     torch.square,
     torch.clamp,
     torch.clamp_min,
+    torch.clamp_max,
     torch.clip,
 )
 
