@@ -190,3 +190,103 @@ def test_the_innermost_table_is_not_changed():
     before = dict(rules.DEFAULT)
     tsgb.explain(InPlaceModules(), images(), 0, f=0.3)
     assert before == rules.DEFAULT
+
+
+class OwnLinear(torch.autograd.Function):
+    """A linear layer that torch's functions never see."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.saved_tensors[0], None
+
+
+def test_what_the_mode_cannot_see_is_never_silent():
+    model, x = Functions(), images()
+
+    def pooled(x):
+        return functional.relu(model.norm1(model.conv1(x))).mean((2, 3))
+
+    scripted = torch.jit.script(nn.Linear(4, 5).double())
+    for head in (lambda y: OwnLinear.apply(y, model.head.weight), scripted):
+        with pytest.raises(tsgb.CoverageError, match="so the head cannot be told"):
+            tsgb.explain(lambda x, head=head: head(pooled(x)), x, 2)
+    block = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()).double().eval())
+    found = tsgb.explain(lambda x: model.head(block(model.conv1(x)).mean((2, 3))), x, 2)
+    assert ("ConvolutionBackward0", None, 1) in found.coverage
+
+
+def test_the_head_may_lie_in_the_target():
+    model, x = Functions(), images()
+    probe = torch.randn(5, 4, dtype=torch.float64)
+
+    def pooled(x):
+        return functional.relu(model.norm1(model.conv1(x))).mean((2, 3))
+
+    inside = tsgb.explain(lambda x: pooled(x) @ probe.T, x, 2)
+    outside = tsgb.explain(pooled, x, lambda output: (output @ probe.T)[:, 2])
+    assert relative(outside.maps, inside.maps) < 1e-12
+    changed = tsgb.explain(model, x, lambda output: output.mul_(3)[:, 1])
+    assert torch.equal(changed.logits, tsgb.explain(model, x, 1).logits)
+
+
+def test_zeros_of_the_image_are_the_models_zeros():
+    model, x = NormalisesItsInput(), images()
+    x[:, :, 2:5] = 0
+
+    def choosing(x):
+        return model(torch.where(x == 0, torch.full_like(x, -5.0), x))
+
+    with torch.no_grad():
+        assert torch.equal(tsgb.explain(choosing, x, 2).logits, choosing(x))
+
+
+def test_a_sequence_first_head_sums_over_positions():
+    model, x = Functions(), images()
+
+    def columns(x):
+        return functional.relu(model.conv1(x)).mean(2)
+
+    first = tsgb.explain(lambda x: model.head(columns(x).permute(2, 0, 1)).mean(0), x, 2).maps
+    last = tsgb.explain(lambda x: model.head(columns(x).permute(0, 2, 1)).mean(1), x, 2).maps
+    assert relative(first, last) < 1e-12
+
+
+def test_what_left_a_sigmoid_is_the_gate_also_of_a_smaller_signal():
+    model, x = Functions(), images()
+
+    def network(x, detached):
+        y = functional.relu(model.conv1(x))
+        gate = torch.sigmoid(model.conv2(y))
+        return model.head((y.mean(1, keepdim=True) * (gate.detach() if detached else gate)).mean((2, 3)))
+
+    free, held = (tsgb.explain(lambda x, d=detached: network(x, d), x, 2).maps for detached in (False, True))
+    assert relative(free, held) < 1e-12
+
+
+def test_a_linear_layer_on_an_image_is_no_convolution():
+    mlp = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Flatten(), nn.Linear(240, 5)).double()
+    with pytest.raises(tsgb.CoverageError, match="no convolution"):
+        tsgb.explain(mlp, images(), 2)
+
+
+def test_strict_needs_no_rule_above_the_head():
+    model, x = Functions(), images()
+    found = tsgb.explain(lambda x: model(x).log_softmax(1), x, 2, strict=True)
+    assert ("log_softmax", "ordinary", 1) in found.coverage
+
+
+def test_checkpointing_is_refused_in_one_line():
+    from torch.utils.checkpoint import checkpoint
+
+    model = Functions()
+
+    def network(x):
+        return model.head(checkpoint(lambda x: functional.relu(model.conv1(x)), x, use_reentrant=False).mean((2, 3)))
+
+    with pytest.raises(RuntimeError, match=r"gradient checkpointing.*switch it off"):
+        tsgb.explain(network, images(), 2)

@@ -545,3 +545,17 @@ def test_tiny_darknet(shared, weights):
     assert entry["preprocessing"]["std"] == [1, 1, 1]
     assert np.load(Path("out", entry["map"])).shape == (224, 224)
     assert Image.open(Path("out", entry["overlay"])).size == Image.open(picture).size
+
+
+def test_the_scene_replaces_nobodys_picture(tmp_path):
+    out = tmp_path / "keep"
+    out.mkdir()
+    Image.new("RGB", (9, 9), "red").save(out / "scene.png")
+    before = (out / "scene.png").read_bytes()
+    for target in ("nosuch", "3"):
+        result = CliRunner().invoke(app, ["explain", "--target", target, "--out", str(out)])
+        assert result.exit_code == 1
+        assert (out / "scene.png").read_bytes() == before
+    other = tmp_path / "new"
+    assert CliRunner().invoke(app, ["explain", "--target", "nosuch", "--out", str(other)]).exit_code == 1
+    assert not other.exists()

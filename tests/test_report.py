@@ -197,3 +197,15 @@ def test_versions_name_the_libraries_that_were_loaded(monkeypatch):
 )
 def test_one_line(error, line):
     assert one_line(error) == line
+
+
+def test_a_picture_that_was_not_asked_for_is_not_replaced(tmp_path):
+    network = tsgb.load("bundled")
+    for name, colour in (("cat.png", "red"), ("cat_3.png", "blue")):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / name)
+    before = (tmp_path / "cat_3.png").read_bytes()
+    with pytest.raises(ValueError, match=r"cat_3\.png is there and no result of the last run: choose another --out"):
+        explain_files(network, [tmp_path / "cat.png"], ["3"], tmp_path)
+    assert (tmp_path / "cat_3.png").read_bytes() == before
+    for _ in range(2):  # its own results it may replace
+        assert explain_files(network, [tmp_path / "cat.png"], ["4"], tmp_path).entries

@@ -197,8 +197,9 @@ def _pillow_silenced() -> Iterator[None]:
 @contextlib.contextmanager
 def _libtiff_silenced() -> Iterator[None]:
     # libtiff writes its complaints to the terminal itself, so the terminal has to be taken away; not so while other
-    # threads run, whose messages would be lost with them.
-    if threading.active_count() > 1 or sys.__stderr__ is None:
+    # threads run, whose messages would be lost with them; daemons, such as a progress bar's watch, have none to lose.
+    at_work = [thread for thread in threading.enumerate() if not thread.daemon]
+    if len(at_work) > 1 or sys.__stderr__ is None:
         yield
         return
     terminal = os.dup(2)
