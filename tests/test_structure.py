@@ -13,7 +13,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsgb"
 ARROWS = {
     "rules": set(),
     "operators": set(),
-    "backprop": {"rules", "operators"},
+    "saved": {"operators"},
+    "backprop": {"rules", "operators", "saved"},
     "targets": set(),
     "checks": {"rules", "targets", "backprop"},
     "explanation": {"render", "pictures", "preprocessing"},
@@ -30,7 +31,7 @@ ARROWS = {
     "report": {"attribution", "backprop", "explanation", "models", "pictures", "render", "rules", "targets"},
     "cli": {"report", "doctor", "models", "pictures", "render", "scenes"},
 }
-TORCH_ONLY = ("rules", "operators", "backprop", "targets", "checks", "attribution")
+TORCH_ONLY = ("rules", "operators", "saved", "backprop", "targets", "checks", "attribution")
 LATE = ("explanation", "cli")  # what they import of the package, they import when called
 
 
