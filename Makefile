@@ -38,5 +38,5 @@ clean:  ## remove the environment and what the tools left
 	touch $@
 
 .venv/full: .venv/base
-	$(PIP) --editable '.[torchvision,timm,test,dev]'
+	$(PIP) --editable '.[torchvision,timm,bench,zennit,test,dev]'
 	touch $@

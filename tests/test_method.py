@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import plain
 import tsgb
-from tsgb import models, networks, rules, scenes
+from tsgb import models, networks, rules, scenes, vision
 
 
 def relative(ours, theirs):
@@ -36,7 +36,7 @@ def randomised(model):
 
 def torchvision_network(name):
     try:
-        torchvision = models._import_torchvision()
+        torchvision = vision.import_torchvision()
     except models.ModelError:
         pytest.skip("needs torchvision, an extra")
     return torchvision.models.get_model(name, weights=None)

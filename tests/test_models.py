@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from loading import printed, refused, same, saved, written
-from tsgb import models
+from tsgb import models, vision
 from tsgb.models import load, sha256
 from tsgb.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -23,7 +23,7 @@ from tsgb.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 def torchvision():
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    return models._import_torchvision()
+    return vision.import_torchvision()
 
 
 @pytest.fixture(scope="session")
@@ -109,8 +109,8 @@ for spec in ("resnet50", "timm:resnet50"):
 def fake_torchvision(folder, text):
     (folder / "torchvision").mkdir()
     (folder / "torchvision" / "__init__.py").write_text(text)
-    program = "from tsgb import models\ntry: print(models._import_torchvision().mark)\n"
-    program += "except models.ModelError as error: print(error)"
+    program = "from tsgb import vision\ntry: print(vision.import_torchvision().mark)\n"
+    program += "except vision.ModelError as error: print(error)"
     return printed(program, folder)
 
 
@@ -132,9 +132,7 @@ mark = (half.count, str(torch.ops.torchvision.qnms.default._schema))
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "half.py").write_text("count = 0\n")
     (tmp_path / "torchvision" / "__init__.py").write_text(text)
-    program = (
-        "from tsgb import models\nprint(models._import_torchvision().mark, models._import_torchvision().half.count)"
-    )
+    program = "from tsgb import vision\nprint(vision.import_torchvision().mark, vision.import_torchvision().half.count)"
     schema = "torchvision::qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
     assert printed(program, tmp_path) == f"(1, '{schema}') 1"
 
@@ -158,9 +156,9 @@ def test_torchvision_broken_otherwise_is_one_clear_line(tmp_path, text, reason):
 def test_threads_may_import_torchvision_at_once(torchvision):
     program = """
 import threading
-from tsgb import models
+from tsgb import vision
 found = []
-threads = [threading.Thread(target=lambda: found.append(models._import_torchvision())) for _ in range(8)]
+threads = [threading.Thread(target=lambda: found.append(vision.import_torchvision())) for _ in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(len(found), len(set(map(id, found))), found[0].models.resnet18.__name__)

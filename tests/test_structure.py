@@ -17,7 +17,7 @@ ARROWS = {
     "backprop": {"rules", "operators", "saved"},
     "targets": set(),
     "checks": {"rules", "targets", "backprop"},
-    "explanation": {"render", "pictures", "preprocessing"},
+    "explanation": {"render", "pictures", "preprocessing", "regions"},
     "attribution": {"rules", "backprop", "targets", "checks", "explanation"},
     "doctor": {"rules", "attribution", "explanation"},
     "pictures": set(),
@@ -27,9 +27,16 @@ ARROWS = {
     "networks": {"scenes"},
     "states": set(),
     "factories": {"states"},
-    "models": {"preprocessing", "networks", "states", "factories"},
+    "vision": {"states", "factories"},
+    "models": {"preprocessing", "networks", "states", "factories", "vision"},
     "report": {"attribution", "backprop", "explanation", "models", "pictures", "render", "rules", "targets"},
-    "cli": {"report", "doctor", "models", "pictures", "render", "scenes"},
+    "regions": set(),
+    "metrics": {"regions", "vision"},
+    "methods": {"rules", "operators", "backprop", "attribution", "checks", "targets", "vision"},
+    "data": {"pictures", "scenes"},
+    "categories": {"data"},
+    "bench": {"methods", "metrics", "data", "categories", "models", "preprocessing", "render", "report", "targets"},
+    "cli": {"report", "doctor", "bench", "models", "pictures", "render", "scenes"},
 }
 TORCH_ONLY = ("rules", "operators", "saved", "backprop", "targets", "checks", "attribution")
 LATE = ("explanation", "cli")  # what they import of the package, they import when called
@@ -64,7 +71,7 @@ def imports(path):
 
 def test_every_file_has_its_place():
     found = {path.stem if path.is_file() else path.name for path in SOURCE.iterdir()}
-    assert found - {"__init__", "__main__", "__pycache__", "py.typed", "py", "weights"} == set(ARROWS)
+    assert found - {"__init__", "__main__", "__pycache__", "py.typed", "py", "weights", "classes"} == set(ARROWS)
 
 
 @pytest.mark.parametrize("name", ARROWS)

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -137,15 +138,90 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    model: Model = "bundled",
+    weights: Weights = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="COCO-layout, VOC, ImageNet or class folders; none: bundled scenes.", metavar="PATH"),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names with commas between; none: all but the slowest.", metavar="A,B")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names with commas between; none: the cheap ones.", metavar="A,B")
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(help="Judge maps that lie here as <picture>_<class>.npy, in place of methods.", metavar="DIR"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N pictures; none: all, of the bundled scenes 100.", metavar="N", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.", metavar="N", min=0)] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures that go through the network at once.", metavar="N", min=1)
+    ] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for records and results.", metavar="DIR")] = Path("tsgb-bench"),
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    resize: Resize = None,
+) -> None:
+    """Judge saliency methods side by side on the same annotated pictures.
+
+    A run that was killed goes on where it was when it is started again with the same arguments.
+    """
+    from . import bench as benches
+
+    with _told():
+        job = benches.job(
+            load=_loading(model, weights, size, mean, std, resize), data=data, methods=_words(methods),
+            metrics=_words(metrics), maps=maps, seed=seed, batch_size=batch_size, out=out,
+        )  # fmt: skip
+        limit = 100 if limit is None and data is None else limit
+        found = benches.run(job, limit, begun=_progress)
+    if not found:
+        return  # rank 0 says it all
+    typer.echo(benches.markdown(found))
+    typer.echo(f"page: {out / 'index.html'}")
+    for line in benches.summary(found["problems"]):
+        typer.echo(f"tsgb: {line}", err=True)
+    for failure in found["failures"]:
+        typer.echo(f"tsgb: {failure['method']} failed on {failure['count']}: {failure['reason']}", err=True)
+    if found["problems"] or found["failures"]:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(count: int) -> Iterator[Callable[[int], None]]:
+    with typer.progressbar(
+        length=count, file=sys.stderr, label="judging", hidden=not count or not sys.stderr.isatty()
+    ) as bar:
+        yield bar.update
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def _load(
     model: str, weights: Path | None, size: str | None, mean: str | None, std: str | None, resize: str | None
 ) -> Any:
+    return _loading(model, weights, size, mean, std, resize)()
+
+
+def _loading(
+    model: str, weights: Path | None, size: str | None, mean: str | None, std: str | None, resize: str | None
+) -> Callable[[], Any]:
     from . import models
 
     if resize not in (None, "squash", "crop"):
         _wrong_call(f"--resize must be squash or crop, got {resize!r}")
     sides = None if size is None else _numbers("--size", size, "x", int, (1, 2))
-    return models.load(
+    return partial(
+        models.load,
         model,
         weights,
         size=sides[0] if sides and len(sides) == 1 else sides,

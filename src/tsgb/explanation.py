@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL import Image
+
+    from .preprocessing import Preprocessing
 
 __all__ = ["Explanation", "Row"]
 
@@ -123,6 +125,103 @@ class Explanation:
                 written += [png, npy]
         return written
 
+    def boxes(
+        self,
+        threshold: float | Literal["mean"] = "mean",
+        component: Literal["largest", "all"] = "largest",
+        pictures: Sequence[Image.Image | str | Path | tuple[int, int]] | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> list[list[Any]]:
+        """Draw boxes around each map's evidence, in the pixels of the original pictures.
+
+        They are found in the network's pixels, see `tsgb.regions.boxes`, and carried over.
+
+        Args:
+            threshold: evidence above it counts: "mean", of the map's positive part, or 0..1, the share of its maximum.
+            component: "largest", the connected piece of the most pixels, or "all".
+            pictures: the original of each image: a Pillow image, a file, or its (width, height) in pixels. None keeps
+                to the network's pixels.
+            preprocessing: what made the images of the pictures. None: each was squashed to the network's size.
+
+        Returns:
+            N lists of K float64 arrays (n, 4): left, upper, right, lower edge in pixels, the largest piece first; (0,
+            4) for a map without positive values. Boxes end where the picture ends.
+
+        Raises:
+            ValueError: the maps are not two-dimensional or not finite, an argument is none of the above, not one
+            picture an image, or a preprocessing of another size. PictureError: a file cannot be read.
+
+        Example:
+            >>> import torch, tsgb
+            >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
+            >>> e.boxes(pictures=[(640, 480)])[0][0].shape
+            (1, 4)
+        """
+        from . import regions
+
+        ways = self._ways(pictures, preprocessing)
+        found = [[regions.boxes(map, threshold, component) for map in self._arrays(n)] for n in range(len(ways))]
+        return [
+            [_clipped(way.to_picture(each, size), size) for each in row]
+            for row, (way, size) in zip(found, ways, strict=True)
+        ]
+
+    def mask(
+        self,
+        threshold: float | Literal["mean"] = "mean",
+        pictures: Sequence[Image.Image | str | Path | tuple[int, int]] | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> list[list[Any]]:
+        """Mark where each map's evidence exceeds a threshold, in the pixels of the original pictures.
+
+        It is found in the network's pixels, see `tsgb.regions.mask`, and each pixel of the picture takes what the
+        network's pixel at its centre has.
+
+        Args:
+            threshold, pictures, preprocessing: as for `boxes`.
+
+        Returns:
+            N lists of K bool arrays (height, width); False where the network did not see the picture.
+
+        Raises:
+            ValueError, PictureError: as for `boxes`.
+
+        Example:
+            >>> import torch, tsgb
+            >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
+            >>> e.mask(pictures=[(640, 480)])[0][0].shape
+            (480, 640)
+        """
+        from . import regions
+
+        ways = self._ways(pictures, preprocessing)
+        return [
+            [_carried(regions.mask(map, threshold), way, size) for map in self._arrays(n)]
+            for n, (way, size) in enumerate(ways)
+        ]
+
+    def _arrays(self, image: int) -> list[Any]:
+        """All maps of one image, in the network's pixels."""
+        return [self._map(image, target) for target in range(self.targets.shape[1])]
+
+    def _ways(self, pictures: Any, preprocessing: Preprocessing | None) -> list[tuple[Preprocessing, tuple[int, int]]]:
+        """For each image the preprocessing that leads back to its picture, and the picture's (width, height)."""
+        from .preprocessing import Preprocessing
+
+        height, width = self._map(0, 0).shape
+        squash = Preprocessing(size=(height, width))
+        if pictures is None:
+            if preprocessing is not None:
+                raise ValueError("preprocessing leads back to pictures; give pictures too, one an image")
+            return [(squash, (width, height))] * len(self.targets)
+        got = len(pictures) if isinstance(pictures, (list, tuple)) else type(pictures).__name__
+        if got != len(self.targets):
+            raise ValueError(f"pictures must be a list of one an image, {len(self.targets)}, got {got}")
+        way = preprocessing or squash
+        if way.size != squash.size:
+            raise ValueError(f"preprocessing must be of the maps' size {squash.size}, got {way.size}")
+        return [(way, _size(picture)) for picture in pictures]
+
     def _map(self, image: int, target: int, size: tuple[int, int] | None = None) -> Any:
         """One map, in the network's pixels or laid over a picture of a size (width, height)."""
         maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
@@ -161,3 +260,36 @@ def _stems(pictures: Sequence[Any] | None, count: int) -> list[str]:
     from .pictures import labels
 
     return labels([Path(picture) for picture in pictures])
+
+
+def _size(picture: Any) -> tuple[int, int]:
+    """Width and height of a picture, of a picture file, or as they are given."""
+    from pathlib import Path
+
+    from PIL import Image
+
+    from . import pictures
+
+    size = pictures.read(picture).size if isinstance(picture, (str, Path)) else picture
+    size = size.size if isinstance(size, Image.Image) else size
+    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size)):
+        raise ValueError(f"pictures must be Pillow images, files, or (width, height), at least 1, got {picture!r}")
+    return size[0], size[1]
+
+
+def _clipped(boxes: Any, size: tuple[int, int]) -> Any:
+    """What of the boxes lies in a picture (width, height); a crop may have filled up beyond it."""
+    clipped = boxes.clip(0, (*size, *size))
+    return clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)]
+
+
+def _carried(mask: Any, way: Preprocessing, size: tuple[int, int]) -> Any:
+    """A mask of the network's pixels at the centres of the pixels of a picture (width, height)."""
+    import numpy as np
+
+    centres = np.arange(max(size))[:, None] + np.full(4, 0.5)
+    carried, (height, width) = way.to_network(centres, size), mask.shape
+    columns, rows = carried[: size[0], 0], carried[: size[1], 1]
+    seen = ((rows >= 0) & (rows <= height))[:, None] & (columns >= 0) & (columns <= width)
+    nearest = np.ix_(rows.clip(0, height - 1).astype(int), columns.clip(0, width - 1).astype(int))
+    return mask[nearest] & seen

@@ -10,27 +10,24 @@ import importlib
 import importlib.util
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from tsgb import factories
 from tsgb.preprocessing import Preprocessing
 from tsgb.states import ModelError, State, fetched, fill, filled, head, read, reason, sha256, unfetched
+from tsgb.vision import import_torchvision
 
 __all__ = ["BUNDLED", "ModelError", "Network", "load", "sha256"]
 
 BUNDLED = ("bundled", "bundled-vgg")
 
 _PLAIN = Preprocessing(size=(224, 224))  # squash, ImageNet mean and std
-
-_schemas: list[torch.library.Library] = []  # a library's operators live as long as it does
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def _factory(spec: str, state: State | None) -> _Found:
 
 def _torchvision(spec: str, state: State | None) -> _Found:
     try:
-        api = _import_torchvision().models
+        api = import_torchvision().models
     except ModelError as error:
         raise ModelError(f"{spec!r} is neither {' nor '.join(BUNDLED)}, and {error}") from error
     name, known = spec.lower(), [*api.list_models(api), *api.list_models(api.segmentation)]
@@ -193,34 +190,10 @@ def _preset(transforms: Any) -> Preprocessing:
     return Preprocessing((crop[0], crop[0]), mean, std, "crop", side, interpolation)
 
 
-def _import_torchvision() -> Any:
-    """Import torchvision, also where its operator library does not load beside a CPU torch."""
-    with factories.IMPORTING:
-        try:
-            try:
-                return importlib.import_module("torchvision")
-            except RuntimeError as error:
-                if "torchvision::nms does not exist" not in str(error):
-                    raise
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]  # half imported
-            if not _schemas:
-                _schemas.append(torch.library.Library("torchvision", "FRAGMENT"))  # type: ignore[no-untyped-call]
-                for name in ("nms", "qnms"):
-                    schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                    _schemas[0].define(schema)  # type: ignore[no-untyped-call]
-            return importlib.import_module("torchvision")
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
-                raise ModelError('torchvision is not installed: pip install "tsgb[torchvision]"') from error
-            release = f"is it the release that goes with torch {torch.__version__}?"
-            raise ModelError(f"torchvision does not import ({reason(error)}); {release}") from error
-
-
 def _timm(spec: str, state: State | None) -> _Found:
     if importlib.util.find_spec("timm") is None:
         raise ModelError(f'{spec} needs timm, which is not installed: pip install "tsgb[timm]"')
-    categories = _import_torchvision().models.ResNet50_Weights.DEFAULT.meta["categories"]
+    categories = import_torchvision().models.ResNet50_Weights.DEFAULT.meta["categories"]
     try:
         timm = importlib.import_module("timm")
     except Exception as error:

@@ -6,6 +6,19 @@
 ('conv', 'conv_lumped')
 """
 
+from .classic import (
+    CONTRASTIVE,
+    DECONVNET,
+    EXCITATION,
+    GUIDED,
+    contrastive_head,
+    deconvnet,
+    excitation,
+    excitation_head,
+    gradient,
+    gradient_head,
+    guided,
+)
 from .formulas import (
     activation,
     avg_pool,
@@ -23,9 +36,13 @@ from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, ORDINARY, PAPER, F, Ta
 
 __all__ = [
     "CONSTANT",
+    "CONTRASTIVE",
+    "DECONVNET",
     "DEFAULT",
+    "EXCITATION",
     "GATE",
     "GATES",
+    "GUIDED",
     "HEAD",
     "ORDINARY",
     "PAPER",
@@ -34,10 +51,17 @@ __all__ = [
     "activation",
     "avg_pool",
     "batch_norm",
+    "contrastive_head",
     "conv",
     "conv_head",
     "conv_lumped",
+    "deconvnet",
+    "excitation",
+    "excitation_head",
     "gate",
+    "gradient",
+    "gradient_head",
+    "guided",
     "linear",
     "linear_head",
     "selectivity",

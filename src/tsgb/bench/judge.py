@@ -1,0 +1,162 @@
+"""From the maps of a picture to the values that the figures are computed from."""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..metrics import boxes, order, perturbation, shares, similarity
+from .protocol import CONTROLS, GRIDS, TOLERANCE, is_asked
+from .subjects import Case, Subject
+
+__all__ = ["PER_CASE", "PER_PICTURE", "Value", "judge_case", "judge_grid", "judge_picture", "other_class", "seed_of"]
+
+#: (name of the value, category or -1, value): one case of one figure; hits at every threshold are a hexadecimal text.
+Value = tuple[str, int, Any]
+
+PER_CASE = ("mask_ap", "box_ap", "pointing", "energy", "box_accuracy", "max_box_accuracy")
+PER_PICTURE = ("insertion", "deletion", "sensitivity", "random_logit", "cascade")
+
+
+def seed_of(seed: int, *of: object) -> int:
+    """Draw a seed for something by its name, so that it depends on nothing else.
+
+    Example:
+        >>> seed_of(0, "cat.png"), seed_of(1, "cat.png")
+        (3366027303, 1142061105)
+    """
+    return zlib.crc32("/".join(map(str, (seed, *of))).encode())
+
+
+def judge_case(
+    map: Tensor, case: Case, subject: Subject, method: str, metrics: Sequence[str], seed: int
+) -> list[Value]:
+    """Judge a map (H, W) as a detector of the class of one case.
+
+    Raises:
+        ValueError: the map is not finite, or not of the input's size.
+    """
+    _check(map, case.region.shape)
+    maps, masks = map[None], case.region[None].to(map.device)
+    drawn = seed_of(seed, subject.unit, case.category)
+    found: list[tuple[str, Any]] = []
+    if "mask_ap" in metrics and case.has_mask:
+        found.append(("mask_ap", order.average_precision(maps, masks, drawn)))
+    if "box_ap" in metrics and len(case.boxes):
+        found.append(("box_ap", order.average_precision(maps, case.box_region[None].to(map.device), drawn)))
+    if case.region.any():
+        if "pointing" in metrics:
+            for name, tolerance in (("pointing", 0.0), ("pointing_15", TOLERANCE)):
+                hit = order.pointing(maps, masks, tolerance, subject.scale, drawn)
+                found.append((name, hit))
+                if case.is_difficult:
+                    found.append((f"{name}_difficult", hit))
+        if "energy" in metrics:
+            found += [(f"energy{power}", shares.energy(m, masks)) for power, m in _powers(maps, method)]
+    if len(case.boxes):
+        if "box_accuracy" in metrics:
+            found.append(("box_accuracy", boxes.box_accuracy(map, case.boxes)))
+        if "max_box_accuracy" in metrics:
+            hits = boxes.threshold_hits(map, case.boxes).numpy()
+            found.append(("max_box_accuracy", _hex(hits[:1])))
+            found.append(("max_box_accuracy_v2", _hex(hits[1:])))
+    return [(name, case.category, value if isinstance(value, str) else float(value)) for name, value in found]
+
+
+def judge_grid(
+    maps: Tensor, classes: Sequence[int], unit: str, method: str, metrics: Sequence[str], seed: int
+) -> list[Value]:
+    """Judge the maps (n * n, H, W) of a grid's classes, each as a detector of its class's cell."""
+    _check(maps, maps.shape)
+    side = round(len(classes) ** 0.5)
+    suffix = next(suffix for suffix, n in GRIDS.items() if n == side)
+    cells = shares.cells(side, *maps.shape[1:]).to(maps.device)
+    found: list[Value] = []
+    if "grid" in metrics:
+        for power, m in _powers(maps, method):
+            values = shares.grid(m, cells).tolist()
+            found += [(f"grid{suffix}{power}", c, value) for c, value in zip(classes, values, strict=True)]
+    if "grid_ap" in metrics:
+        values = order.average_precision(maps, cells, seed_of(seed, unit)).tolist()
+        found += [(f"grid_ap{suffix}", c, value) for c, value in zip(classes, values, strict=True)]
+    return found
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the sanity and perturbation metrics of one picture look at."""
+
+    model: torch.nn.Module
+    image: Tensor  # (C, H, W)
+    predicted: int
+    second: int
+    other: int
+    after: Sequence[Tensor]  # the predicted class's map at each stage of the cascade, (H, W)
+
+
+def judge_picture(maps: Mapping[int, Tensor], sight: Sight, metrics: Sequence[str], seed: int) -> list[Value]:
+    """Judge the maps (H, W) of a picture by class, whatever is in the picture."""
+    found: list[Value] = []
+    for name, value in _of_picture(maps, sight, metrics, seed):
+        found.append((name, -1, float(value)))
+    return found
+
+
+def _of_picture(
+    maps: Mapping[int, Tensor], sight: Sight, metrics: Sequence[str], seed: int
+) -> Iterator[tuple[str, Any]]:
+    map = maps[sight.predicted][None]
+    _check(map[0], sight.image.shape[1:])
+    images, targets = sight.image[None], torch.tensor([sight.predicted], device=sight.image.device)
+    scores: dict[str, Callable[..., Tensor]] = {
+        "insertion": perturbation.insertion_scores,
+        "deletion": perturbation.deletion_scores,
+    }
+    for name, function in scores.items():
+        if name in metrics:
+            yield name, perturbation.area(function(sight.model, images, map, targets, seed=seed))
+    if "sensitivity" in metrics and sight.second in maps:
+        yield "sensitivity", similarity.correlation(map, maps[sight.second][None])
+    if "random_logit" in metrics and sight.other in maps:
+        yield "random_logit", similarity.ssim(map, maps[sight.other][None])
+    if is_asked(metrics, "cascade") and sight.after:
+        after = torch.stack(list(sight.after))
+        before = map.expand_as(after)
+        unsigned = similarity.spearman(before.abs(), after.abs())
+        yield "cascade", unsigned.mean()
+        yield "cascade_signed", similarity.spearman(before, after).mean()
+        yield "cascade_ssim", similarity.ssim(before, after).mean()
+        yield "cascade_last", unsigned[-1]
+
+
+def other_class(predicted: int, count: int, seed: int) -> int:
+    """Draw another class than the predicted one.
+
+    Example:
+        >>> {other_class(1, 3, seed) for seed in range(20)}
+        {0, 2}
+    """
+    return (predicted + 1 + seed % (count - 1)) % count if count > 1 else predicted
+
+
+def _powers(maps: Tensor, method: str) -> Iterator[tuple[str, Tensor]]:
+    """The maps themselves, and the powers of them that are shown as a method's controls."""
+    yield "", maps
+    for exponent in CONTROLS.get(method, ()):
+        yield f"^{exponent:g}", shares.power(maps, exponent)
+
+
+def _check(map: Tensor, shape: Sequence[int]) -> None:
+    if map.shape != torch.Size(shape):
+        raise ValueError(f"the map must be of the network's input size {tuple(shape)}, got {tuple(map.shape)}")
+    if not map.isfinite().all():
+        raise ValueError(f"the map has {int((~map.isfinite()).sum())} values that are not finite (NaN or infinity)")
+
+
+def _hex(hits: Any) -> str:
+    """Hits (rows, thresholds) as hexadecimal digits, one row after the other, each row filled up to whole bytes."""
+    return bytes(np.packbits(np.asarray(hits, dtype=bool), axis=1)).hex()

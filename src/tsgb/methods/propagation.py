@@ -1,0 +1,186 @@
+"""Methods that are tables of ours: TSGB itself, guided backprop, the deconvolutional network, excitation backprop.
+
+Captum's guided backprop and deconvnet see neither ReLU6 nor functional calls; a table sees every spelling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import rules
+from ..attribution import explain
+from ..backprop import recording
+from ..targets import find_logits
+from .cams import gradcam
+from .layers import Place, twice_as_large
+from .maps import smoothed, upsampled
+
+__all__ = ["cebp", "deconvnet", "ebp", "guided", "guided_gradcam", "tsgb", "tsgb_paper"]
+
+
+def tsgb(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """TSGB under `tsgb.rules.DEFAULT`, signed: `tsgb.explain`.
+
+    Args:
+        model: a classifier in eval mode. ``images``: (N, 3, H, W). ``targets``: (N, K) int64. ``seed``: not read.
+
+    Returns:
+        (N, K, H, W), signed.
+
+    Example:
+        >>> from tsgb import load
+        >>> tsgb(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    maps: Tensor = explain(model, images, targets).maps
+    return maps
+
+
+def tsgb_paper(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """TSGB under `tsgb.rules.PAPER`, signed; arguments and result as for `tsgb`.
+
+    Example:
+        >>> from tsgb import load
+        >>> tsgb_paper(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    maps: Tensor = explain(model, images, targets, rules=rules.PAPER).maps
+    return maps
+
+
+def guided(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """Guided backprop: the largest |g| over the channels, blurred by 0.02 of the longer side.
+
+    Source: Springenberg et al. 2015, see `tsgb.rules.guided`.
+
+    Args:
+        model: a classifier in eval mode. ``images``: (N, 3, H, W). ``targets``: (N, K) int64. ``seed``: not read.
+
+    Returns:
+        (N, K, H, W), 0 or more.
+
+    Example:
+        >>> from tsgb import load
+        >>> guided(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    return _propagated(model, images, targets, rules.GUIDED, lambda _, grad: smoothed(grad))
+
+
+def deconvnet(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """Deconvolutional network: the largest |g| over the channels, blurred by 0.02 of the longer side.
+
+    Source: Zeiler & Fergus 2014, see `tsgb.rules.deconvnet`. Arguments and result as for `guided`.
+
+    Example:
+        >>> from tsgb import load
+        >>> deconvnet(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    return _propagated(model, images, targets, rules.DECONVNET, lambda _, grad: smoothed(grad))
+
+
+def guided_gradcam(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """Guided Grad-CAM: the largest |g * cam| over the channels, of guided backprop's g and the enlarged Grad-CAM.
+
+    Source: R. Selvaraju et al., "Grad-CAM", ICCV 2017. Arguments and result as for `guided`.
+
+    Example:
+        >>> from tsgb import load
+        >>> guided_gradcam(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    gradients = _propagated(model, images, targets, rules.GUIDED, lambda _, grad: grad.abs().amax(1))
+    return gradients * gradcam(model, images, targets)
+
+
+def ebp(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """Excitation backprop, read where the features are twice as large as the last, enlarged bilinearly.
+
+    Source: Zhang et al. 2016, see `tsgb.rules.excitation`. Arguments as for `guided`.
+
+    Returns:
+        (N, K, H, W).
+
+    Example:
+        >>> from tsgb import load
+        >>> ebp(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    return _excitation(model, images, targets, rules.EXCITATION)
+
+
+def cebp(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """Contrastive excitation backprop (c-MWP), read as `ebp`, its positive part.
+
+    Source: Zhang et al. 2016, see `tsgb.rules.contrastive_head`. Arguments as for `guided`.
+
+    Returns:
+        (N, K, H, W), 0 or more.
+
+    Example:
+        >>> from tsgb import load
+        >>> cebp(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 128, 128])
+    """
+    return _excitation(model, images, targets, rules.CONTRASTIVE).clamp(min=0)
+
+
+def _excitation(model: nn.Module, images: Tensor, targets: Tensor, table: rules.Table) -> Tensor:
+    def read(values: Tensor, grad: Tensor) -> Tensor:
+        return upsampled((values * grad).sum(1), images.shape[2:])
+
+    return _propagated(model, images, targets, table, read, twice_as_large(model, images), find_heads=True)
+
+
+def _propagated(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    table: rules.Table,
+    read: Callable[[Tensor, Tensor], Tensor],
+    place: Place | None = None,
+    find_heads: bool = False,
+) -> Tensor:
+    """Maps (N, K, H, W) from the values at a place, None for the image, and the table's gradient there.
+
+    Without ``find_heads`` the operators above the head follow the table too, as guided backprop and deconvnet want it.
+    """
+    leaf = images.detach().clone().requires_grad_()
+    image = leaf.clone()
+    with recording(table) as run, _captured(model, place) as outputs:
+        output = model(image)
+    logits = find_logits(output)
+    if find_heads:
+        run.find_heads(logits, len(images))
+    values = leaf if place is None else outputs[place.call]
+    columns = []
+    for k, target in enumerate(targets.T):
+        seed = torch.zeros_like(logits).scatter_(1, target[:, None], 1)
+        (grad,) = torch.autograd.grad(logits, values, seed, retain_graph=k + 1 < targets.shape[1])
+        columns.append(read(values.detach(), grad))
+    return torch.stack(columns, 1)
+
+
+@contextmanager
+def _captured(model: nn.Module, place: Place | None) -> Iterator[list[Tensor]]:
+    """Collect what the module of a place puts out; the network goes on with clones, so none is changed in place."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        outputs.append(output)
+        return output.clone()
+
+    if place is None:
+        yield outputs
+        return
+    handle = model.get_submodule(place.name).register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()

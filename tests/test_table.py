@@ -1,0 +1,246 @@
+"""The Markdown of the bench, read back cell by cell; and what its accounts agree on, against literal twins."""
+
+import copy
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fake_results
+from tsgb.bench import account
+from tsgb.bench.table import markdown
+
+# Two methods, one metric, worked by hand: 2 of 3 hits are 66.7 %, and 66.66 is printed alike, so both are bold.
+BY_HAND = """\
+Model `vgg16`, data `photos`, 3 images, seed 7. Value [95 % interval]; ↑ higher is better, ↓ lower; best bold.
+
+| method   |       Pointing ↑ %, n = 3 |
+| :------- | ------------------------: |
+| TSGB     |     **66.7** [33.3, 90.0] |
+| Grad-CAM |     **66.7** [33.3, 90.0] |
+| RISE     |             -0.1 [-2.0, –] |
+| LRP      | left out: no zennit |
+"""
+
+
+def small(values, unit="%", better="higher", kind="order"):
+    """One metric, with a method a, b, c ... for each value."""
+    names = [chr(ord("a") + k) for k in range(len(values))]
+    metric = {"title": "Metric", "text": "how", "unit": unit, "better": better, "kind": kind}
+    known = {name: {"title": name.upper(), "source": "?"} for name in names}
+    return {
+        "protocol": {"model": "m", "data": "d", "images": 2, "seed": 0, "methods": known, "metrics": {"x": metric}},
+        "rows": [
+            {"method": name, "metric": "x", "value": value, "low": value, "high": value, "n": 2}
+            for name, value in zip(names, values, strict=True)
+        ],
+    }
+
+
+def cells(text):
+    """The cells of every table line, escaped pipes and all."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_an_example_by_hand():
+    results = small([200 / 3, 66.66, -0.1])
+    results["protocol"] |= {"model": "vgg16", "data": "photos", "images": 3, "seed": 7}
+    results["protocol"]["metrics"]["x"]["title"] = "Pointing"
+    for row, title in zip(results["rows"], ("TSGB", "Grad-CAM", "RISE"), strict=True):
+        results["protocol"]["methods"][row["method"]]["title"] = title
+        row |= {"low": 100 / 3, "high": 90.0, "n": 3}
+    results["rows"][2] |= {"low": -2.04, "high": None}
+    results["left_out"] = {"LRP": "no zennit"}
+    got = markdown(results)
+    head = got[: got.index("\n\n## Left out")]
+    assert [line.split() for line in head.splitlines()][:3] == [line.split() for line in BY_HAND.splitlines()][:3]
+    assert cells(head)[2:] == cells(BY_HAND)[2:]
+    lines = [line for line in head.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert all(line.endswith("] |") for line in lines[2:5])  # values to the right
+    assert got.endswith("## Left out\n\n- LRP: no zennit\n")
+
+
+def test_every_figure_stands_in_its_cell():
+    results = fake_results.results()
+    lines = cells(markdown(results))
+    where, head = {}, []
+    for line in lines:
+        head = line if line[0] == "method" else head
+        where |= {
+            (line[0], head[k].split(" ↑")[0].split(" ↓")[0].split(", n =")[0]): line[k] for k in range(1, len(line))
+        }
+    titles = {name: metric["title"] for name, metric in results["protocol"]["metrics"].items()}
+    shown = 0
+    for row in results["rows"]:
+        base, _, power = row["method"].partition("^")
+        name = fake_results.METHODS[base] + (f" ^ {power}" if power else "")
+        cell = where[f"*{name}* (control)" if power else name, titles[row["metric"]]]
+        if row["value"] is None:
+            assert cell == "–"
+            continue
+        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", cell.replace("**", ""))]
+        ends = [end for end in (row["value"], row["low"], row["high"]) if end is not None and not math.isnan(end)]
+        assert numbers[: len(ends)] == pytest.approx(ends, rel=0.006, abs=0.05)
+        assert ("n =" in cell) == (row["method"] == "rise")
+        shown += 1
+    assert shown == 279
+
+
+def test_lines_of_a_table_are_of_one_width():
+    tables = re.split(r"\n\n", markdown(fake_results.results()))
+    tables = [table.splitlines() for table in tables if table.startswith("|")]
+    assert len(tables) == 7  # seven metrics of order in two tables, and five other kinds
+    for table in tables:
+        assert len({len(line) for line in table}) == 1
+        assert re.fullmatch(r"\| :-+ (\| -+: )+\|", table[1])
+
+
+def test_six_metrics_make_one_table():
+    results = fake_results.results()
+    names = list(results["protocol"]["metrics"])
+
+    def cut(count):
+        part = copy.deepcopy(results)
+        part["protocol"]["metrics"] = {name: results["protocol"]["metrics"][name] for name in names[-count:]}
+        part["rows"] = [row for row in part["rows"] if row["metric"] in part["protocol"]["metrics"]]
+        part["differences"] = []
+        return markdown(part)
+
+    assert cut(6).count("| method") == 1
+    assert cut(7).count("| method") == 4
+    assert "## Cost" in cut(7)
+
+
+def test_methods_that_failed_or_were_left_out_say_so():
+    text = markdown(fake_results.results())
+    assert text.count("| DeepLIFT                        | failed: ") == 7
+    assert "pip install 'tsgb\\[zennit\\]'" in text
+    assert "- DeepLIFT, 101 times: RuntimeError: a module was used more than once in the forward pass, which" in text
+    assert "- RISE, 13 times: out of memory" in text
+
+
+def test_controls_stand_below_and_are_never_best():
+    results = small([10.0, 20.0], kind="share")
+    results["rows"].insert(0, {"method": "a^2", "metric": "x", "value": 99.0, "low": 98.0, "high": 100.0, "n": 2})
+    names = [line[0] for line in cells(markdown(results))]
+    assert names[2:] == ["A", "B", "*A ^ 2* (control)"]
+    assert account.best(results, "x") == {"b"}
+
+
+def test_long_lists_of_problems_are_cut():
+    results = small([1.0]) | {"problems": [f"picture{k}.jpg: broken" for k in range(50)]}
+    text = markdown(results)
+    assert text.count("broken") == 20
+    assert "- and 30 more, see results.json\n" in text
+
+
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=8), st.sampled_from(["higher", "lower", "neither"]))
+def test_best_is_its_twin(values, better):
+    results = small(values, better=better)
+    expected = set()
+    for row in results["rows"]:
+        rivals = [float(f"{other['value']:.1f}") for other in results["rows"]]
+        mine = float(f"{row['value']:.1f}")
+        beaten = any(rival > mine if better == "higher" else rival < mine for rival in rivals)
+        if better != "neither" and not beaten:
+            expected.add(row["method"])
+    assert account.best(results, "x") == expected
+    assert markdown(results).count("**") == 2 * len(expected)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
+def test_figures_that_are_not_there(nothing):
+    results = small([1.0, 2.0])
+    results["rows"][1]["value"] = nothing
+    assert cells(markdown(results))[-1] == ["B", "–"]
+    assert account.best(results, "x") == {"a"}
+    assert account.rows(results).keys() == {("a", "x")}
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (100.0, "%", "100.0"), (0.05, "%", "0.1"), (-0.04, "%", "0.0"), (-3.0, "%", "-3.0"), (0.5, "", "0.500"),
+        (1.0, "", "1.000"), (1.5, "", "1.50"), (9.996, "", "10.0"), (99.96, "x", "100"), (0.5, "x", "0.50"),
+        (5431.4, "", "5431"), (None, "%", "–"), (math.nan, "", "–"),
+    ],
+)  # fmt: skip
+def test_numbers_as_written(value, unit, text):
+    assert account.written(value, unit) == text
+
+
+@given(st.text(), st.integers(1, 30))
+def test_reasons_are_cut_to_the_table(reason, width):
+    results = small([1.0]) | {"left_out": {"lrp": reason}}
+    results["protocol"]["metrics"]["x"]["title"] = "x" * width
+    lines = [line for line in markdown(results).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert re.fullmatch(r"left out:.*", cells(lines[-1])[0][1])
+
+
+@given(st.integers(0, 40))
+def test_parts_are_as_few_and_as_even_as_can_be(count):
+    parts = account.parts(range(count))
+    assert [k for part in parts for k in part] == list(range(count))
+    assert len(parts) == -(-count // 6)
+    assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(len(part) <= 6 for part in parts)
+
+
+def test_the_number_of_cases_is_that_of_most_figures():
+    results = small([1.0, 2.0, 3.0])
+    results["rows"][1]["n"] = 1
+    assert account.cases(results, "x") == 2
+    assert account.cases(results, "x", "differences") is None
+    assert [line[1] for line in cells(markdown(results))[2:]] == [
+        "1.0 [1.0, 1.0]", "2.0 [2.0, 2.0] n = 1", "**3.0** [3.0, 3.0]",
+    ]  # fmt: skip
+
+
+HOSTILE = "a|b\n| **x** <img src=x onerror=alert(1)> `code` [link](http://x) \x1b[31m \u202e \udc80 _y_"
+
+
+def test_text_from_the_data_stays_text():
+    results = small([1.0]) | {"problems": [HOSTILE], "left_out": {"lrp": HOSTILE}}
+    results |= {"failures": [{"method": "b", "reason": HOSTILE, "count": 1, "images": [HOSTILE]}]}
+    results["protocol"] |= {"model": f"``{HOSTILE}", "data": HOSTILE}
+    results["protocol"]["methods"]["a"]["title"] = HOSTILE
+    results["protocol"]["metrics"]["x"]["title"] = HOSTILE
+    text = markdown(results)
+    text.encode()  # lone surrogates could not be saved
+    assert all(sign.isprintable() or sign == "\n" for sign in text)
+    heading, _, rest = text.partition("\n")
+    assert heading.startswith("Model ``` ``a|b")
+    for line in rest.splitlines():
+        for special in ("<", "*", "`", "[l", "_y"):
+            if "onerror" in line or "link" in line:
+                bare = re.sub(r"\*\*1\.0\*\*", "", line)
+                assert not re.search(r"(?<!\\)" + re.escape(special), bare), special
+    assert [len(line) for line in cells(text)] == [2, 2, 2, 2, 2]
+
+
+@given(st.text())
+def test_printable_text_can_be_shown_and_saved(text):
+    line = account.printable(text)
+    assert line.isprintable()
+    line.encode()
+
+
+def test_incomplete_results_are_refused():
+    with pytest.raises(ValueError, match=r"must have 'protocol' and 'rows', .* got 'rows'"):
+        markdown({"rows": []})
+    results = small([1.0])
+    results["rows"].append({**results["rows"][0], "metric": "y"})
+    with pytest.raises(ValueError, match="rows: metric 'y' is none of the protocol's: x"):
+        markdown(results)
+    results["rows"][-1]["metric"] = "x"
+    with pytest.raises(ValueError, match="two rows for method 'a' and metric 'x'"):
+        markdown(results)
+    results = small([1.0])
+    del results["protocol"]["seed"], results["protocol"]["data"]
+    with pytest.raises(ValueError, match="lacks 'data', 'seed'"):
+        markdown(results)
