@@ -24,6 +24,7 @@ _ALL = (
 _QUICK = (
     "tsgb,tsgb-paper,gradcam,layercam,gradient,inputxgradient,guided,deconvnet,guided-gradcam,ebp,cebp,center,random"
 )
+_LARGE = "tsgb,tsgb-paper,gradcam,layercam,gradient,guided,cebp,center,random"  # of 513 x 513
 _SLOW = "tsgb,gradcam,occlusion,rise"
 _CHECKED = "tsgb,tsgb-paper,gradcam,layercam,gradient,inputxgradient,guided,guided-gradcam,cebp,lrp,random"
 
@@ -50,7 +51,7 @@ RUNS: dict[str, str] = {
     "scenes": _run("bundled", "", _ALL, f"{_MASKS},grid,grid_ap", 200),
     **{f"imagenet-{name}": _run(name, "imagenet_val400", _ALL, _CLEAR, 100) for name in _IMAGENET},
     **{f"masks-{name}": _run(name, "coco_voc", _ALL, _MASKS) for name in _IMAGENET},
-    "voc-deeplab": _run("deeplab", "coco_voc", _QUICK, "mask_ap,pointing,energy,box_ap"),
+    "voc-deeplab": _run("deeplab", "coco_voc", _LARGE, "mask_ap,pointing,energy,box_ap"),
     **{f"grids-{name}": _run(name, "imagenet_single400", _QUICK, "grid,grid_ap", 200) for name in _IMAGENET},
     **{f"checks-{name}": _run(name, "imagenet_val400", _CHECKED, _CHECKS, 20) for name in _IMAGENET},
     "checks-scenes": _run("bundled", "", _CHECKED, _CHECKS, 20),
