@@ -239,6 +239,26 @@ def test_maps_of_others_are_judged(annotated, tmp_path):
     assert not [r for r in broken["rows"] if r["metric"] == "box_ap"]
 
 
+def test_given_maps_are_told_apart_by_their_folders(tmp_path):
+    data, maps = tmp_path / "data", tmp_path / "m"
+    maps.mkdir()
+    np.save(maps / "other_0.npy", np.zeros((2, 2)))
+    for index, name in enumerate(("cat", "dog")):
+        (data / name).mkdir(parents=True)
+        open_dataset(None).samples[index].read().save(data / name / "a.png")
+    results = bench.run(
+        job(tmp_path / "b", data=data, maps=tmp_path / "m", methods=["m"], metrics=["deletion"]), workers=1
+    )
+    missing = [failure["reason"].partition(": ")[2].rpartition("_")[0] for failure in results["failures"]]
+    assert sorted(missing) == ["no map cat-a", "no map dog-a"]
+
+
+def test_given_maps_cannot_be_judged_by_what_needs_the_method(tmp_path):
+    np.save(tmp_path / "a_1.npy", np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="'cascade' is no metric of given maps: choose among mask_ap, "):
+        bench.run(job(tmp_path / "b", maps=tmp_path, methods=None, metrics=["cascade"]), workers=1)
+
+
 def test_a_method_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch):
     def broken(model, images, targets, seed=0):
         raise RuntimeError("out of\nluck")

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import methods as rivals
 from ..data import open_dataset
 from ..models import Network
-from .given import given_methods
+from .given import JUDGED, given_methods
 from .work import Job
 
 __all__ = ["METRICS", "SLOW", "job"]
@@ -18,6 +18,10 @@ SLOW = ("smoothgrad", "integrated-gradients", "occlusion", "rise")
 
 #: Metrics that need nothing but a map of each class in a picture.
 METRICS = ("mask_ap", "box_ap", "grid_ap", "pointing", "energy", "grid", "box_accuracy")
+
+
+def _without_grids() -> tuple[str, ...]:
+    return tuple(metric for metric in METRICS if metric in JUDGED)
 
 
 def job(
@@ -62,7 +66,7 @@ def job(
         load=load,
         open=partial(open_dataset, data),
         methods=tuple(methods),
-        metrics=tuple(METRICS if metrics is None else metrics),
+        metrics=tuple(metrics) if metrics is not None else METRICS if maps is None else _without_grids(),
         seed=seed,
         batch_size=batch_size,
         out=Path(out),

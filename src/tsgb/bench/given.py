@@ -1,13 +1,18 @@
 """Maps that someone else made: one .npy file for each picture and class."""
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["given_map", "given_methods"]
+from .protocol import METRICS
+
+__all__ = ["JUDGED", "folder_of", "given_maps", "given_methods"]
+
+#: Metrics that given maps can be judged by: the others need maps of grids, of a randomised network, or the method.
+JUDGED = tuple(name for name in METRICS if name not in ("grid", "grid_ap", "cascade", "speed", "memory"))
 
 
 def given_methods(folder: Path) -> tuple[str, ...]:
@@ -23,27 +28,39 @@ def given_methods(folder: Path) -> tuple[str, ...]:
         >>> given_methods(folder) == (folder.name,)
         True
     """
-    within = tuple(sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(sub.glob("*.npy"))))
-    if within:
-        return within
-    if not any(folder.glob("*.npy")):
-        raise ValueError(f"{folder} holds no maps: expected <picture>_<class>.npy, or folders of such, one a method")
-    return (folder.resolve().name,)
+    if folder.is_dir():
+        within = tuple(sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(sub.glob("*.npy"))))
+        if within:
+            return within
+        if any(folder.glob("*.npy")):
+            return (folder.resolve().name,)
+    raise ValueError(f"{folder} holds no maps: expected <picture>_<class>.npy, or folders of such, one a method")
 
 
-def given_map(folder: Path, method: str, unit: str, classes: Sequence[int]) -> tuple[dict[int, Tensor], list[str]]:
-    """Read the maps of a picture's classes from ``<picture's stem>_<class>.npy``, as `tsgb explain` writes them.
+def folder_of(folder: Path, method: str) -> Path:
+    """Where a method's maps lie: in its subfolder, or in the folder itself where the method has its name."""
+    return folder / method if (folder / method).is_dir() else folder
+
+
+def given_maps(folder: Path, label: str, classes: Sequence[int]) -> tuple[dict[int, Tensor], list[str]]:
+    """Read the maps of a picture's classes from ``<label>_<class>.npy``, as `tsgb explain` writes them.
+
+    Args:
+        folder: see `folder_of`. ``label``: the picture's file stem; see `tsgb.pictures.labels` where stems are alike.
+        classes: the network's classes.
 
     Returns:
-        The maps (H, W) by class, and one line for each that is missing or cannot be read.
+        The maps by class, float64, and one line for each that is missing or cannot be read.
+
+    Example:
+        >>> given_maps(Path("nowhere"), "cat", [281])
+        ({}, ['class 281: no map cat_281.npy'])
     """
-    place = folder / method if (folder / method).is_dir() else folder
     maps, errors = {}, []
     for target in classes:
-        file = place / f"{PurePosixPath(unit).stem}_{target}.npy"
+        file = folder / f"{label}_{target}.npy"
         try:
-            values = np.load(file, allow_pickle=False)
-            maps[target] = torch.from_numpy(np.asarray(values, dtype=np.float64))
+            maps[target] = torch.from_numpy(np.asarray(np.load(file, allow_pickle=False), dtype=np.float64))
         except FileNotFoundError:
             errors.append(f"class {target}: no map {file.name}")
         except (OSError, ValueError, TypeError, EOFError) as error:

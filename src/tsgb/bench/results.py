@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import render
-from . import page, rows, table
-from .protocol import FIGURES, figures
+from . import gallery, page, rows, table
+from .protocol import figures
 from .records import Record
-from .work import Job, thumbnail
+from .work import Job
 
 __all__ = ["summary", "write"]
-
-SHOWN = 12  # pictures in the gallery
-_WORST_BY = ("mask_ap", "box_ap", "pointing", "energy")
 
 
 def write(job: Job, protocol: dict[str, Any], found: Sequence[Record], problems: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +40,7 @@ def write(job: Job, protocol: dict[str, Any], found: Sequence[Record], problems:
     }
     render.save_text(json.dumps(results, indent=1, allow_nan=False) + "\n", job.out / "results.json")
     render.save_text(table.markdown(results), job.out / "results.md")
-    render.save_text(page.html(results, _gallery(job, found, notes)), job.out / "index.html")
+    render.save_text(page.html(results, gallery.rows(job.out, job.methods, found)), job.out / "index.html")
     return results
 
 
@@ -63,52 +59,3 @@ def summary(problems: Sequence[str]) -> list[str]:
         more = len(same) - 1
         lines.append(same[0] + (f" (and {more} more picture{'s' if more > 1 else ''})" if more else ""))
     return lines
-
-
-def _gallery(job: Job, found: Sequence[Record], notes: Sequence[Record]) -> list[dict[str, Any]]:
-    """The pictures on which the first method does worst, under all methods."""
-    name = next((m for m in _WORST_BY if any(_value(r, m) is not None for r in found)), None)
-    by_key = {(record["unit"], record["method"]): record for record in found}
-    scored = []
-    for note in notes:
-        first = by_key.get((note["unit"], job.methods[0]))
-        score = None if first is None or name is None else _value(first, name)
-        if score is not None and thumbnail(job.out, note["index"], "").exists():
-            scored.append((score, note["index"], note))
-    return [
-        {
-            "image": note["unit"],
-            "target": note["shown"],
-            "score": score,
-            "picture": thumbnail(job.out, note["index"], "").read_bytes(),
-            "cells": [
-                _cell(job.out, note, by_key[note["unit"], method])
-                for method in job.methods
-                if thumbnail(job.out, note["index"], method).exists()
-            ],
-        }
-        for score, _, note in sorted(scored, key=lambda item: item[:2])[:SHOWN]
-    ]
-
-
-def _cell(out: Path, note: Record, record: Record) -> dict[str, Any]:
-    said = [_said(record, name) for name in _WORST_BY if _value(record, name) is not None]
-    return {
-        "method": record["method"],
-        "overlay": thumbnail(out, note["index"], record["method"]).read_bytes(),
-        "note": ", ".join([*said, *record["errors"][:1]]),
-    }
-
-
-def _value(record: Record, name: str) -> float | None:
-    """The mean of a picture's values of one name."""
-    values = [value for kind, _, value in record.get("values", ()) if kind == name]
-    return sum(values) / len(values) if values else None
-
-
-def _said(record: Record, name: str) -> str:
-    value = _value(record, name)
-    assert value is not None
-    if name == "pointing" and value in (0, 1):
-        return "hit" if value else "miss"
-    return f"{FIGURES[name].title} {100 * value:.0f}"

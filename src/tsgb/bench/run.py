@@ -18,7 +18,7 @@ from torch import distributed
 from .. import methods, render
 from ..report import versions
 from . import cost, records, results
-from .given import given_methods
+from .given import JUDGED, given_methods
 from .protocol import CONFIDENCES, FIGURES, GRIDS, LARGEST_GRIDS, METRICS, figures, is_asked
 from .records import Key, Record
 from .subjects import grids
@@ -235,11 +235,12 @@ def _check(job: Job) -> None:
         ("method", job.methods, tuple(methods.METHODS)),
         ("metric", job.metrics, tuple(METRICS)),
     ):
-        if kind == "method" and job.maps is not None:
-            known = given_methods(job.maps)
+        if job.maps is not None:
+            known = given_methods(job.maps) if kind == "method" else JUDGED
         for name in asked:
             if name not in known:
-                raise ValueError(f"{name!r} is no {kind}: choose among {', '.join(known)}")
+                where = "" if job.maps is None else " of given maps"
+                raise ValueError(f"{name!r} is no {kind}{where}: choose among {', '.join(known)}")
         if not asked or len(set(asked)) < len(asked):
             raise ValueError(f"{kind}s must be one or more, each once, got {', '.join(asked) or 'none'}")
 

@@ -172,7 +172,7 @@ def grids(pool: Iterable[tuple[int, int]], side: int, largest: int, seed: int) -
 
     Example:
         >>> grids([(7, 0), (8, 0), (9, 1), (5, 2), (6, 3)], 2, largest=500, seed=0)
-        [(6, 5, 9, 7)]
+        [(9, 7, 6, 5)]
     """
     entries = sorted(pool)
     order = np.random.Generator(np.random.PCG64([seed, side])).permutation(len(entries))

@@ -12,21 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import methods, render
+from .. import methods, pictures
 from ..categories import classes_of
 from ..data import Dataset, Sample
 from ..models import Network
 from ..report import one_line
 from . import records
 from .cascade import cascade
-from .given import given_map
+from .gallery import Gallery
+from .given import folder_of, given_maps
 from .judge import PER_CASE, PER_PICTURE, Sight, Value, judge_case, judge_grid, judge_picture, other_class, seed_of
 from .protocol import is_asked
 from .subjects import Classifier, Subject, compose, picture_of, subject
 
-__all__ = ["Grid", "Job", "Worker", "thumbnail"]
-
-THUMBNAIL = 176  # pixels of the longer side in the page's gallery
+__all__ = ["Grid", "Job", "Worker"]
 
 Maps = dict[int, Tensor]  # class to map (H, W)
 
@@ -68,6 +67,7 @@ class Worker:
 
     def __init__(self, job: Job, rank: int = 0) -> None:
         self.job = job
+        self.gallery = Gallery(job.out)
         self.journal = job.out / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
 
     @cached_property
@@ -93,13 +93,14 @@ class Worker:
         todo = [m for m in self.job.methods if any((one.subject.unit, m) not in done for one in looked)]
         after = self._after(looked, todo) if is_asked(self.job.metrics, "cascade") and self.job.maps is None else {}
         for method in todo:
-            found = []
-            for one, (maps, errors) in zip(looked, self._maps(method, looked, self.model), strict=True):
-                errors = errors + after.get((method, one.subject.unit), ([], []))[1]
-                values = self._values(method, one, maps, after.get((method, one.subject.unit), ([], []))[0], errors)
+            found, drawn = [], self._maps(method, looked, self.model)
+            for one, (maps, errors) in zip(looked, drawn, strict=True):
+                stages, lost = after.get((method, one.subject.unit), ([], []))
+                errors = errors + lost
+                values = self._values(method, one, maps, stages, errors)
                 found.append(_record(one.subject.unit, one.subject.index, method, values, errors))
-                self._draw(one.subject.unit, one.subject.index, method, one.subject.tensor, maps.get(one.wanted[0]))
             records.append(self.journal, [record for record in found if records.key(record) not in done])
+            self._show(method, looked, found, [maps for maps, _ in drawn])
 
     def do_grids(self, grids: Sequence[Grid], done: frozenset[tuple[str, str]]) -> None:
         """Judge every method on some grids of one size, all in one batch, and write the records."""
@@ -152,7 +153,6 @@ class Worker:
             )  # fmt: skip
             if wanted:
                 looked.append(_Looked(found, logits, wanted))
-                self._draw(sample.name, index, "", tensor, None)
         records.append(self.journal, [note for note in notes if records.key(note) not in done])
         return looked
 
@@ -179,8 +179,8 @@ class Worker:
     def _maps(self, method: str, looked: Sequence[_Looked], model: torch.nn.Module) -> list[tuple[Maps, list[str]]]:
         """A method's maps of each picture by class, and what went wrong; a batch that fails is tried one by one."""
         if self.job.maps is not None:
-            folder = self.job.maps
-            return [given_map(folder, method, one.subject.unit, one.wanted) for one in looked]
+            folder = folder_of(self.job.maps, method)
+            return [given_maps(folder, self._labels[one.subject.index], one.wanted) for one in looked]
         found: dict[int, tuple[Maps, list[str]]] = {}
         for count in sorted({len(one.wanted) for one in looked}):
             group = [place for place, one in enumerate(looked) if len(one.wanted) == count]
@@ -265,24 +265,31 @@ class Worker:
         predicted = _two_best(logits)[0]
         return [target, float(logits.softmax(0)[target])] if target == predicted else None
 
+    def _show(
+        self, method: str, looked: Sequence[_Looked], found: Sequence[records.Record], drawn: Sequence[Maps]
+    ) -> None:
+        """Keep what the page shows of pictures on which the first method does badly."""
+        is_first = method == self.job.methods[0]
+        for one, record in zip(looked, found, strict=True):
+            if is_first:
+                self.gallery.admit(one.subject.index, record)
+        for one, maps in zip(looked, drawn, strict=True):
+            index, map = one.subject.index, maps.get(one.wanted[0])
+            if index in self.gallery:
+                picture = picture_of(one.subject.tensor, self.network.preprocessing)
+                if is_first:
+                    self.gallery.draw(index, "", picture, None)
+                if map is not None:
+                    self.gallery.draw(index, method, picture, map)
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        """What stands for each picture in the names of given maps, as `tsgb explain` names its own."""
+        return pictures.labels([Path(sample.name) for sample in self.dataset.samples])
+
     def _label(self, target: int) -> str:
         names = self.network.names
         return f"{target} {names[target]}" if names else str(target)
-
-    def _draw(self, unit: str, index: int, method: str, tensor: Tensor, map: Tensor | None) -> None:
-        """Keep a small picture for the page: the picture itself, or a map laid over it."""
-        if method and (map is None or not map.isfinite().all() or map.shape != tensor.shape[1:]):
-            return
-        shown = picture_of(tensor, self.network.preprocessing)
-        if map is not None:
-            shown = render.overlay(shown, map.cpu().numpy())
-        shown.thumbnail((THUMBNAIL, THUMBNAIL))
-        render.save(shown, thumbnail(self.job.out, index, method))
-
-
-def thumbnail(out: Path, index: int, method: str) -> Path:
-    """Where the small picture of an overlay lies; with "" for a method that of the picture itself."""
-    return out / "thumbnails" / f"{index:06d}{'-' if method else ''}{method}.jpg"
 
 
 def _record(unit: str, index: int, method: str, values: list[Value], errors: list[str]) -> records.Record:
