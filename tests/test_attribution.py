@@ -462,6 +462,17 @@ def test_memory_does_not_grow():
     assert grown < 20 * 1024  # KiB
 
 
+def test_a_failed_call_keeps_nothing():
+    model, x = Small(), images(2)
+    gc.collect()
+    before = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    for _ in range(3):
+        with pytest.raises(tsgb.TargetError):
+            tsgb.explain(model, x, 99)  # known to be wrong after the forward, of which no backward is run
+    gc.collect()
+    assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= before
+
+
 @pytest.mark.parametrize("caller", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_callers_gradient_modes(caller):
     model, x = Small(), images()

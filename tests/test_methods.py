@@ -1,6 +1,7 @@
 """The registry: one door, and what it promises of every method."""
 
 import copy
+import gc
 import sys
 import warnings
 
@@ -317,3 +318,24 @@ def test_a_method_that_overflows_is_named(monkeypatch):
 def test_the_door_is_exported():
     assert methods.attribute is attribute
     assert copy.copy(METHODS["tsgb"]) == METHODS["tsgb"]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_nothing_is_kept_between_calls(name):
+    model, x = small(), images(1)
+
+    def tensors():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what looks at every object meets deprecated ones
+            return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    attribute(name, model, x, TARGETS[:1])  # what is kept once is no growth
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(3):
+            attribute(name, model, x, TARGETS[:1])
+        assert tensors() <= before + 1
+    finally:
+        gc.enable()

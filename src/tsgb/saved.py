@@ -32,7 +32,8 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def pack(self, tensor: Tensor) -> _Cell:
         """Take what autograd saves."""
-        cell = _Cell(tensor)
+        # An output in the hands of its own node would keep the graph alive, unseen by the collector, until it is run.
+        cell = _Cell(tensor.detach())
         self._cells.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(cell))
         return cell
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -115,6 +116,11 @@ class _Share:
                 for future in as_completed(futures):
                     future.result()
                     done(futures[future])
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    "a process of the bench was killed, perhaps for want of memory: start again with the same arguments "
+                    "to go on, or in another --out with a smaller --batch-size"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,9 +140,14 @@ def deeplift(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -
     from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
 
     method = DeepLift(prepared(model, images, tuple(SUPPORTED_NON_LINEAR)))
+    maps = torch.zeros(*targets.shape, *images.shape[2:], device=images.device)
     with _quiet():
-        columns = [method.attribute(images, baselines=0, target=target) for target in targets.T]
-    return torch.stack([column.sum(1).detach() for column in columns], 1)
+        for n in range(len(images)):  # one by one: it keeps the input and output of every activation, twice
+            for k, target in enumerate(targets[n]):
+                maps[n, k] = method.attribute(images[n : n + 1], baselines=0, target=target)[0].sum(0).detach()
+    del method
+    gc.collect()  # its hooks and the copy of the model refer to each other, and hold activations
+    return maps
 
 
 @contextmanager
