@@ -5,6 +5,7 @@ Python loops in float64, from the formulas of the protocols. Nothing here uses t
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import torch
@@ -26,13 +27,14 @@ def probability(model, image, target):
 
 
 def perturbed_scores(model, start, end, map, target, steps, seed):
-    """Scores of one image while its pixels go over from start to end, k at a time, one image for each score."""
+    """Scores of one image while its pixels go over from start to end, one pixel after the other."""
     image, order = start.clone(), ranking(map, seed)
-    k = -(-len(order) // steps)
-    scores = [probability(model, image, target)]
-    for step in range(steps):
-        for y, x in order[step * k : (step + 1) * k]:
+    scores, done = [], 0
+    for step in range(steps + 1):
+        while done < len(order) and (done + 1) * steps <= step * len(order):
+            y, x = order[done]
             image[:, y, x] = end[:, y, x]
+            done += 1
         scores.append(probability(model, image, target))
     return scores
 
@@ -113,3 +115,13 @@ def class_interval(values, classes, groups, seed, resamples, level):
                 cases += [(v, c) for v, c, g in zip(values, classes, groups, strict=True) if g == image]
         means.append(mean_of_classes(cases))
     return percentile(means, (1 - level) / 2), percentile(means, (1 + level) / 2)
+
+
+def median_interval(values, seed, resamples, level):
+    """Bootstrap of the median: each resample's values in a list, one resample after the other."""
+    ordered, generator = sorted(float(value) for value in values), np.random.Generator(np.random.PCG64(seed))
+    medians = []
+    for _ in range(resamples):
+        places = generator.integers(len(ordered), size=len(ordered)).tolist()
+        medians.append(statistics.median([ordered[place] for place in places]))
+    return percentile(medians, (1 - level) / 2), percentile(medians, (1 + level) / 2)

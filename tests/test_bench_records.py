@@ -30,6 +30,14 @@ def test_an_empty_journal_is_whole(tmp_path):
     assert path.read_bytes() == b""
 
 
+def test_a_folder_has_one_writer(tmp_path):
+    writes = pytest.raises(RuntimeError, match="another bench writes to")
+    with records.alone(tmp_path), writes, records.alone(tmp_path):
+        pass
+    with records.alone(tmp_path):
+        pass
+
+
 def test_writers_do_not_tear_each_others_lines(tmp_path):
     path = tmp_path / "records.jsonl"
     with ThreadPoolExecutor(8) as pool:

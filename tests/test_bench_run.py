@@ -92,11 +92,11 @@ def test_figures_are_those_of_a_plain_recomputation(tmp_path):
 
 def test_every_metric_gives_its_figures(tmp_path):
     every = list(bench.protocol.METRICS)
-    results = bench.run(job(tmp_path / "b", every, methods=["tsgb", "gradcam"], batch_size=4), limit=8, workers=1)
+    results = bench.run(job(tmp_path / "b", every, methods=["tsgb", "gradcam"], batch_size=2), limit=4, workers=1)
     assert not results["failures"]
     found = {r["metric"] for r in results["rows"] if r["method"] == "tsgb" and r["value"] is not None}
     assert found == {figure for figure in bench.protocol.figures(every) if not figure.startswith("grid")}  # too few
-    assert all(r["low"] <= r["value"] <= r["high"] for r in results["rows"] if r["value"] is not None)
+    assert all(r["low"] <= r["value"] <= r["high"] for r in results["rows"] if r["n"] > 1)
     assert {d["method"] for d in results["differences"]} == {"gradcam", "tsgb^0.5", "tsgb^2", "gradcam^2", "gradcam^3"}
     assert row(results, "gradcam", "cascade")["value"] < 0.9
     page = (tmp_path / "b" / "index.html").read_text()
@@ -120,6 +120,47 @@ def test_after_a_kill_it_goes_on_and_ends_with_the_same_bytes(undisturbed, tmp_p
     assert len(kept) == len(set(kept)), "something was done twice"
 
 
+def group_is_gone(process, seconds=30):
+    """Whether all processes of a session end within a time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def running(out):
+    """A bench of two processes that has written something and has much before it; in a session of its own."""
+    long = ["--limit", "600", "--methods", "tsgb,gradcam", "--metrics", "energy", "--out", str(out)]
+    process = started(["-m", "tsgb", "bench", *long], start_new_session=True)
+    while process.poll() is None and not (out / "records.jsonl").exists():
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs a system that tells its cores")
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    process = running(tmp_path / "out")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert group_is_gone(process)
+
+
+def test_an_interrupt_ends_it_at_once_and_says_how_to_go_on(tmp_path):
+    process = running(tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same arguments go on" in errors
+    assert "Traceback" not in errors
+    assert group_is_gone(process)
+    lines = (tmp_path / "out" / "records.jsonl").read_text().count("\n")
+    assert lines < 600 * 3
+
+
 def test_started_again_it_does_nothing(undisturbed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
@@ -135,7 +176,7 @@ def test_two_ranks_give_the_same_rows(undisturbed, tmp_path):
         ["-m", "torch.distributed.run", "--nproc-per-node", "2", *command(tmp_path / "out")]
     )
     assert code == 0, errors
-    assert printed.count("Energy") == 1
+    assert printed.count("page: ") == 1
     assert (tmp_path / "out" / "records-1.jsonl").exists()
     assert (tmp_path / "out" / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
 
@@ -242,20 +283,25 @@ def test_maps_of_others_are_judged(annotated, tmp_path):
 def test_given_maps_are_told_apart_by_their_folders(tmp_path):
     data, maps = tmp_path / "data", tmp_path / "m"
     maps.mkdir()
-    np.save(maps / "other_0.npy", np.zeros((2, 2)))
+    network = tsgb.load("bundled")
     for index, name in enumerate(("cat", "dog")):
         (data / name).mkdir(parents=True)
-        open_dataset(None).samples[index].read().save(data / name / "a.png")
+        picture = open_dataset(None).samples[index].read()
+        picture.save(data / name / "a.png")
+    with torch.inference_mode():
+        predicted = int(network.model(network.preprocessing.tensor(picture)[None]).argmax())
+    np.save(maps / f"dog-a_{predicted}.npy", np.random.default_rng(0).random((128, 128)))
     results = bench.run(
         job(tmp_path / "b", data=data, maps=tmp_path / "m", methods=["m"], metrics=["deletion"]), workers=1
     )
-    missing = [failure["reason"].partition(": ")[2].rpartition("_")[0] for failure in results["failures"]]
-    assert sorted(missing) == ["no map cat-a", "no map dog-a"]
+    (missing,) = results["failures"]
+    assert missing["reason"].startswith("no map: expected <picture>_<class>.npy")
+    assert missing["images"] == ["cat/a.png"]  # that of the dog is there
 
 
 def test_given_maps_cannot_be_judged_by_what_needs_the_method(tmp_path):
     np.save(tmp_path / "a_1.npy", np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="'cascade' is no metric of given maps: choose among mask_ap, "):
+    with pytest.raises(ValueError, match="given maps cannot be judged by cascade: choose among mask_ap, "):
         bench.run(job(tmp_path / "b", maps=tmp_path, methods=None, metrics=["cascade"]), workers=1)
 
 
@@ -289,3 +335,10 @@ def test_an_annotation_of_another_size_than_the_picture_is_named(annotated, tmp_
     Image.new("RGB", (64, 64)).save(annotated / "images" / "0.png")
     results = bench.run(job(tmp_path / "b", data=annotated), workers=1)
     assert any("0.png: annotated as 128 x 128, but the picture is 64 x 64" in p for p in results["problems"])
+
+
+def test_the_help_names_every_method_and_metric():
+    code, printed, _ = finished(["-m", "tsgb", "bench", "--help"])
+    assert code == 0
+    words = set(printed.replace(",", " ").replace(".", " ").split())
+    assert {*methods.METHODS, *bench.protocol.METRICS} <= words

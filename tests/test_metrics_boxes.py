@@ -34,6 +34,10 @@ def test_threshold_hits_are_their_twin(case):
     assert torch.equal(boxes.threshold_hits(map, given), plain.threshold_hits(map, given))
 
 
+def test_there_are_as_many_thresholds_as_are_named():
+    assert boxes.THRESHOLDS == 1001 == boxes.threshold_hits(MAP, []).shape[1]
+
+
 @pytest.mark.parametrize("kind", ["blobs", "noise", "flat", "steps", "float32"])
 def test_threshold_hits_of_larger_maps_are_their_twin(kind):
     coarse = torch.rand(1, 1, 4, 4, dtype=torch.float64)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import plain_metrics_more as plain
 from tsgb.metrics import intervals
-from tsgb.metrics.intervals import class_mean_interval, mean_interval, mean_over_classes
+from tsgb.metrics.intervals import class_mean_interval, mean_interval, mean_over_classes, median_interval
 
 CASES = st.lists(
     st.tuples(st.floats(-10, 10), st.integers(-2, 3), st.integers(-3, 6)), min_size=1, max_size=25
@@ -66,6 +66,47 @@ def test_a_class_that_is_not_drawn_is_left_out():
     assert class_mean_interval(np.array([1.0, 0.0]), np.array([0, 1]), np.array([5, 5])) == (0.5, 0.5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-10, 10), min_size=2, max_size=25), st.integers(0, 5), st.sampled_from([0.95, 0.5]), st.randoms()
+)
+def test_the_interval_of_a_median_is_its_twin(values, seed, level, random):
+    expected = plain.median_interval(values, seed, 20, level)
+    assert median_interval(np.array(values), seed, 20, level) == pytest.approx(expected, abs=1e-9)
+    random.shuffle(values)
+    assert median_interval(np.array(values), seed, 20, level) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_interval_of_a_median_worked_by_hand():
+    # Two draws of 0 and 1 have the median 0, 1/2, 1 in 1, 2, 1 of 4 cases; 30 % and 70 % lie in the 1/2.
+    # Three draws of 5, 1, 30 have the median 1 in 3 * 2 + 1 = 7 of 27 cases (26 %), 30 as often, else 5.
+    for values, ends, middle in (([0, 1], (0, 1), 0.5), ([5, 1, 30], (1, 30), 5)):
+        assert median_interval(np.array(values)) == ends
+        assert median_interval(np.array(values), level=0.4) == (middle, middle)
+    assert median_interval(np.full(5, 3.5)) == (3.5, 3.5)
+
+
+def test_the_intervals_of_medians_cover_what_they_should():
+    chance = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = median_interval(chance.exponential(size=61), seed=trial, resamples=200)
+        covered += low <= math.log(2) <= high
+    assert 172 <= covered <= 198  # as for means
+
+
+def test_seed_level_and_memory_of_medians(monkeypatch):
+    values = np.random.default_rng(0).normal(size=30)
+    found = median_interval(values)
+    assert found == median_interval(values)
+    assert found != median_interval(values, seed=1)
+    narrow = median_interval(values, level=0.5)
+    assert found[0] < narrow[0] < np.median(values) < narrow[1] < found[1]
+    assert median_interval(values, resamples=1)[0] == median_interval(values, resamples=1)[1]
+    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 210)  # seven rows at a time
+    assert median_interval(values) == found
+
+
 def test_seed_level_and_order():
     values, groups = np.random.default_rng(0).normal(size=40), np.arange(40) // 2
     found = mean_interval(values, groups)
@@ -104,3 +145,13 @@ def test_wrong_arguments_are_named():
     for options in ({"resamples": 0}, {"level": 0}, {"level": 1}, {"level": 95}):
         with pytest.raises(ValueError, match="resamples must be 1 or more"):
             mean_interval(values, labels, **options)
+        with pytest.raises(ValueError, match="resamples must be 1 or more"):
+            median_interval(values, **options)
+    for few in (values[:0], values[:1]):
+        with pytest.raises(ValueError, match=f"two or more, got {len(few)}: one value has no interval"):
+            median_interval(few)
+    with pytest.raises(ValueError, match="values must be finite, got nan"):
+        median_interval(np.array([1.0, math.nan, 2.0]))
+    for shaped in (values[None], np.float64(3)):
+        with pytest.raises(ValueError, match=r"values must be of shape \(N,\), got"):
+            median_interval(shaped)

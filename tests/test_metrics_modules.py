@@ -17,6 +17,8 @@ pytest.importorskip("tsgb.metrics.modules", reason="needs torchmetrics")
 from tsgb.metrics import cases, modules
 
 CASES = 7
+# The cases' images: some have two cases, and even and odd numbers do not take turns.
+NUMBERS = [4, 4, 7, 9, 9, 2, 3]
 
 
 def network():
@@ -53,7 +55,7 @@ def arguments(name):
         "Energy": ({}, (maps(), masks())),
         "GridShare": ({}, (maps(), masks())),
         "BoxAccuracy": ({"iou": 0.4}, (maps(), found)),
-        "MaxBoxAccuracy": ({}, (maps(), found)),
+        "MaxBoxAccuracy": ({}, (maps(), found, NUMBERS)),
         "Deletion": perturbed,
         "Insertion": perturbed,
         "Cascade": ({}, (maps(), (maps() + maps(1), maps(1), maps(2)))),
@@ -146,35 +148,50 @@ def test_pointing_is_its_twin():
     assert found["difficult_over_classes"] == pytest.approx(plain.mean_of_classes(pairs[:3]), abs=1e-12)
 
 
-def test_the_best_threshold_is_of_the_even_and_the_accuracy_of_the_odd_cases():
+def test_the_best_threshold_is_of_the_even_and_the_accuracy_of_the_odd_images():
     # The left column is 4, the one beside it 2. Up to below 0.5 of the maximum the box is both columns, of IoU 4 / 8
-    # with the left one, from there on it is the left one alone. Even cases have the left column as their object, of
+    # with the left one, from there on it is the left one alone. Even images have the left column as their object, of
     # the odd ones one has the middle, of IoU 4 / 12 with both columns, or the right half, which no box meets.
     map = torch.zeros(4, 4)
     map[:, 0], map[:, 1] = 4, 2
     left, middle, right = [[0, 0, 1, 4]], [[1, 0, 3, 4]], [[2, 0, 4, 4]]
     metric = modules.MaxBoxAccuracy(version=1)
-    metric.update(map.expand(3, 4, 4), [left, left, left])
-    metric.update(map.expand(3, 4, 4), [middle, left, left])
+    metric.update(map.expand(3, 4, 4), [left, left, left], torch.tensor([6, 301, 6], dtype=torch.int32))
+    metric.update(map.expand(3, 4, 4), [middle, left, left], [5, 2**40, 301])
     # IoU 0.5 is enough from t = 0 on, the lowest of the best.
     assert numbers(metric.compute()) == pytest.approx({"accuracy": 2 / 3, "thresholds": 0.0}, abs=1e-12)
     # Version 2: at IoU 0.3 and 0.5 the same, at 0.7 it takes the left column alone.
     metric = modules.MaxBoxAccuracy()
-    metric.update(map.expand(4, 4, 4), [left, left, left, right])
+    metric.update(map.expand(4, 4, 4), [left, left, left, right], [0, 1, 0, 1])
     expected = {"accuracy": 1 / 2, "thresholds": 0.0, "thresholds1": 0.0, "thresholds2": 0.5}
     assert numbers(metric.compute()) == pytest.approx(expected, abs=1e-12)
 
 
 def test_box_accuracy_of_many_maps_is_the_functions():
     metric = metric_of("MaxBoxAccuracy", slice(0, 2), slice(2, CASES))
-    _, (given, found) = arguments("MaxBoxAccuracy")
+    _, (given, found, _) = arguments("MaxBoxAccuracy")
     hits = torch.stack([boxes.threshold_hits(m, b) for m, b in zip(given, found, strict=True)])
-    best = [boxes.max_box_accuracy(hits[:, row], torch.arange(CASES) % 2 == 0) for row in (1, 2, 3)]
+    even = torch.tensor([True, True, False, False, False, True, False])
+    best = [boxes.max_box_accuracy(hits[:, row], even) for row in (1, 2, 3)]
     computed = numbers(metric.compute())
     assert computed["accuracy"] == pytest.approx(sum(value for value, _ in best) / 3, abs=1e-12)
     assert [computed[f"thresholds{row or ''}"] for row in range(3)] == [index / 1000 for _, index in best]
-    first = numbers(metric_of("MaxBoxAccuracy", slice(0, 1), slice(1, CASES)).compute())
-    assert first == computed
+    for chosen in ((slice(0, 1), slice(1, CASES)), (slice(1, CASES, 2), slice(0, CASES, 2)), (slice(0, CASES),)):
+        assert numbers(metric_of("MaxBoxAccuracy", *chosen).compute()) == computed
+
+
+def test_box_accuracy_takes_no_cases_and_keeps_the_images_numbers():
+    metric = metric_of("MaxBoxAccuracy", slice(0, 0), slice(0, CASES))
+    assert metric.table()[:, :8].contiguous().view(torch.int64)[:, 0].tolist() == NUMBERS
+    metric = modules.MaxBoxAccuracy()
+    metric.update(maps()[:2], [[], []], [-3, 10**12 + 1])
+    assert metric.table()[:, :8].contiguous().view(torch.int64)[:, 0].tolist() == [-3, 10**12 + 1]
+    with pytest.raises(ValueError, match="images must be of even and of odd number, got 0 even of 2"):
+        metric.compute()
+    metric = modules.MaxBoxAccuracy()
+    metric.update(maps()[:2], [[], []], [8, 2])
+    with pytest.raises(ValueError, match="images must be of even and of odd number, got 2 even of 2"):
+        metric.compute()
 
 
 def test_box_accuracy_takes_the_iou_asked_for():
@@ -232,7 +249,8 @@ def test_the_model_is_not_part_of_the_metric():
     assert not metric.state_dict()
 
 
-# Each process is a copy of one that has imported everything; the second one sees fewer cases, or none.
+# Each process is a copy of one that has imported everything; the second one sees fewer cases, or none. At last every
+# other case goes to each, as a DistributedSampler deals them out.
 PROGRAM = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
@@ -250,6 +268,7 @@ for name in own.modules.__all__:
         shares = (slice(0, 2), slice(2, first)) if rank == 0 else (slice(first, own.CASES),)
         metric = own.metric_of(name, *(s for s in shares if s.start < s.stop))
         found[f"{{name}} {{first}}"] = own.numbers(metric.compute())
+    found[f"{{name}} strided"] = own.numbers(own.metric_of(name, slice(rank, own.CASES, 2)).compute())
 every = [None, None]
 dist.all_gather_object(every, found)
 dist.barrier()
@@ -268,7 +287,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     for found in json.loads(ran.stdout):
-        assert len(found) == 2 * len(modules.__all__)
+        assert len(found) == 3 * len(modules.__all__)
         for key, computed in found.items():
             alone = numbers(metric_of(key.split()[0], slice(0, CASES)).compute())
             assert computed == pytest.approx(alone, abs=1e-12, nan_ok=True), key
@@ -288,9 +307,12 @@ def test_wrong_arguments_are_named():
         modules.Pointing().update(given, inside, [0.5] * CASES)
     with pytest.raises(ValueError, match=r"difficult must be bool \(7,\)"):
         modules.Pointing().update(given, inside, difficult=[True])
-    for metric in (modules.BoxAccuracy(), modules.MaxBoxAccuracy()):
+    for metric, more in ((modules.BoxAccuracy(), ()), (modules.MaxBoxAccuracy(), (NUMBERS,))):
         with pytest.raises(ValueError, match="boxes must be a list of 7 arrays"):
-            metric.update(given, [[[0, 0, 1, 1]]])
+            metric.update(given, [[[0, 0, 1, 1]]], *more)
+    for wrong, got in (([3], r"torch.int64 \(1,\)"), (given[:, 0, 0], "torch.float64"), ([True] * CASES, "torch.bool")):
+        with pytest.raises(ValueError, match=r"images must be integers \(7,\), got " + got):
+            modules.MaxBoxAccuracy().update(given, [[]] * CASES, wrong)
     with pytest.raises(ValueError, match="version must be 1 or 2, got 3"):
         modules.MaxBoxAccuracy(version=3)
     for wrong in (([1.0, 2.0], 1.0), (1.0, 0.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)):

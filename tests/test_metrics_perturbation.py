@@ -34,7 +34,7 @@ def sigmoid(value):
     return 1 / (1 + math.exp(-value))
 
 
-# steps that take one pixel, that divide, that leave a short last step, that leave steps without a pixel, one for all
+# steps of one pixel, that divide, of uneven numbers of pixels, more than pixels, one for all
 SIZES = [(6, 6, 36), (6, 6, 12), (6, 6, 8), (5, 7, 12), (5, 7, 50), (4, 3, 1)]
 
 

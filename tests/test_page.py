@@ -157,6 +157,9 @@ def test_every_figure_stands_in_its_cell(results, text):
                     if row["value"] is None:
                         assert cell == "–"
                         continue
+                    if row["high"] is None:
+                        assert re.fullmatch(r"[\d.]+", cell)
+                        continue
                     found = re.search(r"([\d.]+) \[([\d.–]+), ([\d.–]+)\]", cell).groups()
                     for number, end in zip(found, (row["value"], row["low"], row["high"]), strict=True):
                         if end is None or math.isnan(end):
@@ -305,6 +308,32 @@ def test_any_text_leaves_the_elements_as_they_are(text):
     found = [e["tag"] for e in Tree(page.html(*everywhere(text))).elements]
     plain = [e["tag"] for e in Tree(page.html(*everywhere("plain"))).elements]
     assert found == plain
+
+
+def test_the_head_tells_grids_and_what_was_left_out(text):
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd></div>", text))
+    assert facts["Grids"] == "2 x 2: 12, 3 x 3: 4, confidence at least 0.9"
+    assert html.unescape(facts["Left out"]).startswith("3 instances, none of their classes among the network's 20")
+    assert facts["Metrics"] == "16"
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd></div>", page.html(small())))
+    assert facts["Grids"] == "–"
+    assert "Left out" not in facts
+
+
+def test_a_metric_left_out_has_no_column_and_a_reason(text):
+    lines = grid(part(text, "failures"))
+    assert ["LRP", "method", "needs zennit: pip install 'tsgb[zennit]'"] in lines
+    assert ["sensitivity", "metric", "no second class"] in lines
+    assert "Class sensitivity" not in part(text, "sanity")
+    assert "sanity" not in {e.get("id") for e in Tree(page.html(small() | {"left_out": {"x": "?"}})).elements}
+    alone = small(kind="sanity") | {"rows": [], "differences": [], "left_out": {"x": "?"}}
+    assert "sanity" not in {e.get("id") for e in Tree(page.html(alone)).elements}
+
+
+def test_intervals_of_costs_are_over_rounds(text):
+    assert "for time and\nmemory it is over rounds" in part(text, "reading")
+    assert "over its rounds" in part(text, "cost")
+    assert not re.search(r"number n of cases|interval, over images", text)
 
 
 def test_the_protocol_is_there_in_full(results, text):

@@ -202,6 +202,34 @@ def test_the_first_of_several_inputs_is_judged():
     assert both.boxes()[0][0].tolist() == [[0, 0, 2, 3]]
 
 
+def test_no_images_have_no_regions():
+    nothing = Explanation(torch.zeros(0, 2, 4, 4), torch.zeros(0, 2).long(), None, [], [], 1.0, torch.zeros(0, 3, 4, 4))
+    way = Preprocessing(size=(4, 4))
+    for method in (nothing.boxes, nothing.mask):
+        assert method() == method(pictures=[]) == method(pictures=[], preprocessing=way) == []
+        with pytest.raises(ValueError, match="pictures must be a list of one an image, 0, got 1"):
+            method(pictures=[(4, 4)])
+
+
+def test_images_without_targets_have_no_regions():
+    untargeted = Explanation(
+        torch.zeros(2, 0, 4, 4), torch.zeros(2, 0).long(), None, [], [[], []], 1.0, torch.zeros(2, 3, 4, 4)
+    )
+    assert untargeted.boxes() == untargeted.mask() == [[], []]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_sizes_may_be_integers_of_numpy(kind):
+    found = explanation([MAP])
+    size = (kind(200), kind(12))
+    assert found.boxes(pictures=[size])[0][0].tolist() == [[0, 0, 100, 9]]
+    for way in (None, Preprocessing(size=(4, 4), resize="crop", short_side=5)):
+        for method in (found.boxes, found.mask):
+            assert np.array_equal(
+                method(0.1, pictures=[size], preprocessing=way), method(0.1, pictures=[(200, 12)], preprocessing=way)
+            )
+
+
 def test_wrong_pictures_are_named():
     found = explanation([MAP], [MAP])
     way = Preprocessing(size=(4, 5))
@@ -211,6 +239,10 @@ def test_wrong_pictures_are_named():
         ("pictures must be a list of one an image, 2, got Image", {"pictures": Image.new("RGB", (4, 4))}),
         (r"pictures must be Pillow images, files, or \(width, height\), at least 1, got 640", {"pictures": (640, 480)}),
         (r"pictures must be Pillow images, .* at least 1, got \(4, 0\)", {"pictures": [(4, 0), (4, 4)]}),
+        (r"pictures must be Pillow images, .* at least 1, got \(True, 4\)", {"pictures": [(True, 4), (4, 4)]}),
+        (r"pictures must be Pillow images, .* at least 1, got \(4.0, 4\)", {"pictures": [(4.0, 4), (4, 4)]}),
+        (r"pictures must be Pillow images, .* at least 1, got .*0", {"pictures": [(np.int64(0), 4), (4, 4)]}),
+        (r"pictures must be Pillow images, .* at least 1, got .*True", {"pictures": [(np.True_, 4), (4, 4)]}),
         ("no such.png: no such file", {"pictures": ["no such.png", "no such.png"]}),
         ("preprocessing leads back to pictures; give pictures too", {"preprocessing": way}),
         (

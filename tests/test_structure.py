@@ -35,7 +35,18 @@ ARROWS = {
     "methods": {"rules", "operators", "backprop", "attribution", "checks", "targets", "vision"},
     "data": {"pictures", "scenes"},
     "categories": {"data"},
-    "bench": {"methods", "metrics", "data", "categories", "models", "preprocessing", "render", "report", "targets"},
+    "bench": {
+        "methods",
+        "metrics",
+        "data",
+        "categories",
+        "models",
+        "preprocessing",
+        "pictures",
+        "render",
+        "report",
+        "targets",
+    },
     "cli": {"report", "doctor", "bench", "models", "pictures", "render", "scenes"},
 }
 TORCH_ONLY = ("rules", "operators", "saved", "backprop", "targets", "checks", "attribution")

@@ -61,7 +61,10 @@ def test_an_example_by_hand():
     lines = [line for line in head.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
     assert all(line.endswith("] |") for line in lines[2:5])  # values to the right
-    assert got.endswith("## Left out\n\n- LRP: no zennit\n")
+    assert got.endswith(
+        "## Left out\n\n- LRP: no zennit\n\n## Protocol\n\n- **Pointing**: how\n- **TSGB**: ?\n- **Grad-CAM**: ?\n"
+        "- **RISE**: ?\n\nSeed 7.\n"
+    )
 
 
 def test_every_figure_stands_in_its_cell():
@@ -105,7 +108,8 @@ def test_six_metrics_make_one_table():
 
     def cut(count):
         part = copy.deepcopy(results)
-        part["protocol"]["metrics"] = {name: results["protocol"]["metrics"][name] for name in names[-count:]}
+        kept = [name for name in names if name != "sensitivity"][-count:]
+        part["protocol"]["metrics"] = {name: results["protocol"]["metrics"][name] for name in kept}
         part["rows"] = [row for row in part["rows"] if row["metric"] in part["protocol"]["metrics"]]
         part["differences"] = []
         return markdown(part)
@@ -121,6 +125,71 @@ def test_methods_that_failed_or_were_left_out_say_so():
     assert "pip install 'tsgb\\[zennit\\]'" in text
     assert "- DeepLIFT, 101 times: RuntimeError: a module was used more than once in the forward pass, which" in text
     assert "- RISE, 13 times: out of memory" in text
+
+
+def test_what_the_figures_depend_on_stands_below():
+    results = fake_results.results()
+    head, _, text = markdown(results).partition("\n\n## Protocol\n\n")
+    bullets, _, line = text.partition("\n\n")
+    metrics = [metric for name, metric in results["protocol"]["metrics"].items() if name != "sensitivity"]
+    assert bullets.splitlines() == [
+        *(f"- **{metric['title']}**: {metric['text']}" for metric in metrics),
+        *(f"- **{method['title']}**: {method['source']}" for method in results["protocol"]["methods"].values()),
+    ]
+    assert line == (
+        "Batch size 8; seed 0; grids 2 x 2: 12, 3 x 3: 4, confidence at least 0.9; left out 3 instances, none of their "
+        "classes among the network's 20 most probable; preprocessing "
+        '`{"size": [224, 224], "mean": [0.485, 0.456, 0.406], "resize": "squash"}`; weights sha256 `7ebf99e07ebf`; '
+        "data sha256 `0123456789ab`.\n"
+    )
+    assert "## Problems" in head
+
+
+def test_a_metric_left_out_has_no_column_and_a_reason():
+    text = markdown(fake_results.results())
+    assert "- LRP: needs zennit: pip install 'tsgb\\[zennit\\]'\n- metric `sensitivity`: no second class\n" in text
+    assert "Class sensitivity" not in text
+    assert "| sensitivity" not in text
+
+
+def left(asked, figures, there, left_out):
+    """The columns of results with these figures, of which some are there."""
+    results = small([1.0])
+    results["protocol"] |= {"asked": asked, "metrics": dict.fromkeys(figures, results["protocol"]["metrics"]["x"])}
+    results["rows"] = [{**results["rows"][0], "metric": name} for name in there]
+    results["left_out"] = dict.fromkeys(left_out, "why")
+    return account.metrics(results)
+
+
+def test_a_metric_takes_its_own_figures_along():
+    figures = ["grid_ap", "grid_ap_3x3", "grid", "grid_3x3"]
+    assert left(["grid_ap", "grid"], figures, [], ["grid"]) == ["grid_ap", "grid_ap_3x3"]
+    assert left(["grid_ap", "grid"], figures, [], ["grid_ap"]) == ["grid", "grid_3x3"]
+    assert left(["grid_ap", "grid"], figures, ["grid"], ["grid", "grid_ap"]) == ["grid"]
+    assert left(["grid_ap", "grid"], figures, [], ["grid_3x3"]) == ["grid_ap", "grid_ap_3x3", "grid"]
+    assert left(["grid_ap", "grid"], figures, [], []) == figures
+
+
+def test_all_metrics_may_be_left_out():
+    results = small([]) | {"left_out": {"x": "no masks"}}
+    assert "|" not in markdown(results)
+    assert markdown(results).endswith("\n\n## Left out\n\n- metric `x`: no masks\n\n## Protocol\n\nSeed 0.\n")
+    assert account.methods(results) == []
+
+
+def test_a_method_may_have_a_metrics_name():
+    results = small([1.0]) | {"left_out": {"energy": "no masks"}}
+    results["protocol"]["methods"]["energy"] = {"title": "energy", "source": "given maps"}
+    assert account.absence(results, "energy") is None
+    assert account.left_out(results) == ({}, {"energy": "no masks"})
+
+
+def test_a_single_measurement_stands_alone():
+    results = small([2.5, 3.0, 4.0], unit="", better="lower", kind="cost")
+    results["rows"][0] |= {"low": None, "high": None, "n": 1}
+    results["rows"][1] |= {"low": 2.0, "high": None, "n": 1}
+    results["rows"][2] |= {"low": None, "high": 5.0, "n": 1}
+    assert [line[1] for line in cells(markdown(results))][2:] == ["**2.50**", "3.00 [2.00, –]", "4.00 [–, 5.00]"]
 
 
 def test_controls_stand_below_and_are_never_best():
@@ -149,7 +218,7 @@ def test_best_is_its_twin(values, better):
         if better != "neither" and not beaten:
             expected.add(row["method"])
     assert account.best(results, "x") == expected
-    assert markdown(results).count("**") == 2 * len(expected)
+    assert markdown(results).partition("## Protocol")[0].count("**") == 2 * len(expected)
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
@@ -191,11 +260,11 @@ def test_parts_are_as_few_and_as_even_as_can_be(count):
     assert all(len(part) <= 6 for part in parts)
 
 
-def test_the_number_of_cases_is_that_of_most_figures():
+def test_a_columns_n_is_that_of_most_figures():
     results = small([1.0, 2.0, 3.0])
     results["rows"][1]["n"] = 1
-    assert account.cases(results, "x") == 2
-    assert account.cases(results, "x", "differences") is None
+    assert account.usual_n(results, "x") == 2
+    assert account.usual_n(results, "x", "differences") is None
     assert [line[1] for line in cells(markdown(results))[2:]] == [
         "1.0 [1.0, 1.0]", "2.0 [2.0, 2.0] n = 1", "**3.0** [3.0, 3.0]",
     ]  # fmt: skip
@@ -218,7 +287,7 @@ def test_text_from_the_data_stays_text():
     for line in rest.splitlines():
         for special in ("<", "*", "`", "[l", "_y"):
             if "onerror" in line or "link" in line:
-                bare = re.sub(r"\*\*1\.0\*\*", "", line)
+                bare = re.sub(r"\*\*1\.0\*\*|^- \*\*|\*\*(?=: )", "", line)
                 assert not re.search(r"(?<!\\)" + re.escape(special), bare), special
     assert [len(line) for line in cells(text)] == [2, 2, 2, 2, 2]
 
@@ -228,6 +297,33 @@ def test_printable_text_can_be_shown_and_saved(text):
     line = account.printable(text)
     assert line.isprintable()
     line.encode()
+    assert account.printable(line) == line
+    expected = ""
+    for sign in text:
+        code = ord(sign)
+        short = {9: "\\t", 10: "\\n", 13: "\\r"}.get(code)
+        escape = short or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}")
+        expected += sign if sign.isprintable() else escape
+    assert line == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\x1b[31mb", r"a\x1b[31mb"), ("a\nb\r\tc", r"a\nb\r\tc"), ("a\u202eb\u2066", r"a\u202eb\u2066"),
+        ("a\udc80", r"a\udc80"), ("\x00\x7f\x9b", r"\x00\x7f\x9b"), ("\u2028\u200f", r"\u2028\u200f"),
+        ("ä 漢 🙂", "ä 漢 🙂"), (ValueError("two\nlines"), r"two\nlines"),
+    ],
+)  # fmt: skip
+def test_what_steers_a_terminal_is_written_out(text, line):
+    assert account.printable(text) == line
+
+
+def test_grids_and_distant_instances_in_words():
+    assert account.grids({"grids": {"grid": 48, "grid_3x3": 0}}) == "2 x 2: 48, 3 x 3: 0"
+    assert account.grids({"grids": {}, "confidence": 0.99}) == account.grids({}) == ""
+    assert account.distant({}) == account.distant({"distant": 0}) == ""
+    assert account.distant({"distant": 1}).startswith("1 instance, none of its classes")
 
 
 def test_incomplete_results_are_refused():

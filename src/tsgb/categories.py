@@ -8,7 +8,7 @@ from importlib import resources
 from .data import Category
 from .data.wnids import imagenet_wnids
 
-__all__ = ["classes_of"]
+__all__ = ["classes_of", "has_kinds"]
 
 _IMAGENET = 1000
 
@@ -64,10 +64,10 @@ def classes_of(category: Category, index: int, names: Sequence[str] | None, coun
     own = (index,) if 0 <= index < count else ()
     if category.name == str(index):
         return own
-    imagenet = count == _IMAGENET and (names is None or "tench" in _keys(names[0]))
     key = _key(category.name)
-    if imagenet and category.wnid is None and key in _voc_groups():
+    if has_kinds(category, names, count):
         return _voc_groups()[key]
+    imagenet = _is_imagenet(names, count)
     if own and names is not None and key in _keys(names[index]):
         return own
     if imagenet and category.wnid in imagenet_wnids():
@@ -77,6 +77,20 @@ def classes_of(category: Category, index: int, names: Sequence[str] | None, coun
     if imagenet and key in _HOMONYMS:
         return ()
     return tuple(place for place, name in enumerate(names) if key in _keys(name))
+
+
+def has_kinds(category: Category, names: Sequence[str] | None, count: int) -> bool:
+    """Tell whether the model knows a category by its kinds alone, as ImageNet's knows a cat as five breeds (rule 2).
+
+    Example:
+        >>> has_kinds(Category("cat"), None, count=1000), has_kinds(Category("cat"), None, count=21)
+        (True, False)
+    """
+    return _is_imagenet(names, count) and category.wnid is None and _key(category.name) in _voc_groups()
+
+
+def _is_imagenet(names: Sequence[str] | None, count: int) -> bool:
+    return count == _IMAGENET and (names is None or "tench" in _keys(names[0]))
 
 
 def _key(name: str) -> str:

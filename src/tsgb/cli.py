@@ -147,14 +147,23 @@ def bench(
         typer.Option(help="COCO-layout, VOC, ImageNet or class folders; none: bundled scenes.", metavar="PATH"),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names with commas between; none: all but the slowest.", metavar="A,B")
+        str | None,
+        typer.Option(
+            help="Names with commas between; none: all that are installed but smoothgrad, "
+            "integrated-gradients, occlusion, rise.",
+            metavar="A,B",
+        ),
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Names with commas between; none: the cheap ones.", metavar="A,B")
+        str | None,
+        typer.Option(help="Names with commas between; none: those that need nothing but a map.", metavar="A,B"),
     ] = None,
     maps: Annotated[
         Path | None,
-        typer.Option(help="Judge maps that lie here as <picture>_<class>.npy, in place of methods.", metavar="DIR"),
+        typer.Option(
+            help="Judge maps that lie here as <picture>_<class>.npy too, or in folders of such, one a method.",
+            metavar="DIR",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="The first N pictures; none: all, of the bundled scenes 100.", metavar="N", min=1)
@@ -171,11 +180,19 @@ def bench(
 ) -> None:
     """Judge saliency methods side by side on the same annotated pictures.
 
-    A run that was killed goes on where it was when it is started again with the same arguments.
+    Methods: tsgb, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad, integrated-gradients, guided,
+    deconvnet, guided-gradcam, ebp, cebp, deeplift, lrp, occlusion, rise, center, random.
+
+    Metrics: mask_ap, box_ap, grid_ap, pointing, energy, grid, box_accuracy, max_box_accuracy, insertion, deletion,
+    cascade, random_logit, sensitivity, speed, memory.
+
+    Given maps are of the network's class, by its index, in the pixels of its input, and named as tsgb explain names
+    its own. The bundled scenes need nothing. A run that was killed goes on where it was when it is started again with
+    the same arguments. Exit status 1 if anything was left out or failed, which the results name; the rest stands.
     """
     from . import bench as benches
 
-    with _told():
+    with _told("interrupted: the same arguments go on where it was"):
         job = benches.job(
             load=_loading(model, weights, size, mean, std, resize), data=data, methods=_words(methods),
             metrics=_words(metrics), maps=maps, seed=seed, batch_size=batch_size, out=out,
@@ -187,19 +204,34 @@ def bench(
     typer.echo(benches.markdown(found))
     typer.echo(f"page: {out / 'index.html'}")
     for line in benches.summary(found["problems"]):
-        typer.echo(f"tsgb: {line}", err=True)
+        typer.echo(benches.printable(f"tsgb: {line}"), err=True)
     for failure in found["failures"]:
-        typer.echo(f"tsgb: {failure['method']} failed on {failure['count']}: {failure['reason']}", err=True)
+        first = f"{failure['images'][0]}{' and others' if failure['count'] > 1 else ''}"
+        typer.echo(benches.printable(f"tsgb: {failure['method']} failed on {first}: {failure['reason']}"), err=True)
     if found["problems"] or found["failures"]:
         raise typer.Exit(1)
 
 
 @contextmanager
 def _progress(count: int) -> Iterator[Callable[[int], None]]:
-    with typer.progressbar(
-        length=count, file=sys.stderr, label="judging", hidden=not count or not sys.stderr.isatty()
-    ) as bar:
+    if not sys.stderr.isatty():
+        yield _lines_of(count)
+        return
+    with typer.progressbar(length=count, file=sys.stderr, label="judging", hidden=not count) as bar:
         yield bar.update
+
+
+def _lines_of(count: int) -> Callable[[int], None]:
+    """Progress for a log: a line whenever another tenth is done."""
+    done = 0
+
+    def update(more: int) -> None:
+        nonlocal done
+        before, done = done, done + more
+        if 10 * before // count < 10 * done // count:
+            typer.echo(f"judged {done} of {count}", err=True)
+
+    return update
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
@@ -307,12 +339,12 @@ def _lines(entries: list[dict[str, Any]], out: Path) -> list[str]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(interrupted: str = "interrupted") -> Iterator[None]:
     """Turn what a user can mend into one line on standard error and exit status 1."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("tsgb: interrupted", err=True)
+        typer.echo(f"tsgb: {interrupted}", err=True)
         raise typer.Exit(130) from None
     except typer.BadParameter:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -208,7 +209,7 @@ class Explanation:
         """For each image the preprocessing that leads back to its picture, and the picture's (width, height)."""
         from .preprocessing import Preprocessing
 
-        height, width = self._map(0, 0).shape
+        height, width = self._drawable().shape[2:]
         squash = Preprocessing(size=(height, width))
         if pictures is None:
             if preprocessing is not None:
@@ -224,15 +225,19 @@ class Explanation:
 
     def _map(self, image: int, target: int, size: tuple[int, int] | None = None) -> Any:
         """One map, in the network's pixels or laid over a picture of a size (width, height)."""
-        maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
-        if maps.dim() != 4:
-            raise ValueError(f"only maps (N, K, H, W) can be drawn, got {tuple(maps.shape)}")
-        map = maps[image, target].cpu().numpy()
+        map = self._drawable()[image, target].cpu().numpy()
         if size is None:
             return map
         from .preprocessing import Preprocessing
 
         return Preprocessing(size=map.shape).restore(map, size)
+
+    def _drawable(self) -> Tensor:
+        """The maps (N, K, H, W), of several inputs those of the first."""
+        maps: Tensor = self.maps[0] if isinstance(self.maps, tuple) else self.maps
+        if maps.dim() != 4:
+            raise ValueError(f"only maps (N, K, H, W) can be drawn, got {tuple(maps.shape)}")
+        return maps
 
     def _picture(self, image: int, picture: Any) -> Image.Image:
         """The picture to draw on: as given, read from a file, or made from the input."""
@@ -272,9 +277,14 @@ def _size(picture: Any) -> tuple[int, int]:
 
     size = pictures.read(picture).size if isinstance(picture, (str, Path)) else picture
     size = size.size if isinstance(size, Image.Image) else size
-    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n >= 1 for n in size)):
+    if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(_counts(n) for n in size)):
         raise ValueError(f"pictures must be Pillow images, files, or (width, height), at least 1, got {picture!r}")
-    return size[0], size[1]
+    return int(size[0]), int(size[1])
+
+
+def _counts(number: Any) -> bool:
+    """Whether it is an integer, Python's or numpy's, of 1 or more."""
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
 
 
 def _clipped(boxes: Any, size: tuple[int, int]) -> Any:

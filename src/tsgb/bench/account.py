@@ -2,8 +2,9 @@
 
 The results are the dict that the bench keeps as ``results.json``: ``protocol`` (with ``methods`` and ``metrics`` in the
 order in which they are shown), ``rows`` (a figure for a method and a metric), ``differences`` (method minus TSGB over
-the same images), ``failures``, ``problems`` and ``left_out``. A method named ``gradcam^2`` is a *control*: the positive
-part of another method's map to a power, which sharpens or flattens it and knows nothing new.
+the same images), ``failures``, ``problems`` and ``left_out`` (methods and metrics, each with the reason). A method
+named ``gradcam^2`` is a *control*: the positive part of another method's map to a power, which sharpens or flattens it
+and knows nothing new.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+from .protocol import FIGURES, GRIDS, METRICS, NEAREST, REFERENCE
+
 __all__ = [
     "KINDS",
     "NONE",
@@ -22,17 +25,21 @@ __all__ = [
     "Row",
     "absence",
     "best",
-    "cases",
     "check",
     "controls",
+    "distant",
+    "grids",
     "is_control",
+    "left_out",
     "methods",
+    "metrics",
     "numbered",
     "parts",
     "printable",
     "rows",
     "sections",
     "title",
+    "usual_n",
     "written",
 ]
 
@@ -40,7 +47,6 @@ Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 Section = Literal["rows", "differences"]
 
-REFERENCE = "tsgb"  # the method that the differences are taken to
 NONE = "–"  # what stands for a figure that is not there
 
 # The kinds of metrics in the order in which they are shown: what stands above the table, and how to read it.
@@ -65,7 +71,7 @@ KINDS = {
         "Sanity checks",
         "Whether the map follows the network's weights and the class. Randomisation alone ranks no method.",
     ),
-    "cost": ("Cost", "Speed and memory on the machine of this run."),
+    "cost": ("Cost", "Speed and memory on the machine of this run. Intervals are over its rounds, which n counts."),
 }
 
 
@@ -119,6 +125,57 @@ def methods(results: Results) -> list[str]:
     return [name for name in _named(results) if not is_control(name)]
 
 
+def metrics(results: Results) -> list[str]:
+    """List the figures that have a column, in the protocol's order: all but those left out, which no method has.
+
+    Example:
+        >>> known = {"mask_ap": {}, "grid": {}, "grid_3x3": {}, "energy": {}}
+        >>> metrics({"protocol": {"metrics": known}, "rows": [], "left_out": {"mask_ap": "no masks", "grid": "few"}})
+        ['energy']
+    """
+    there = {metric for _, metric in rows(results)}
+    gone = {figure for name in left_out(results)[1] for figure in (name, *METRICS.get(name, ()))}
+    return [name for name in results["protocol"]["metrics"] if name in there or name not in gone]
+
+
+def left_out(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Find which methods and which metrics were left out, each with the reason.
+
+    Example:
+        >>> left_out({"protocol": {"metrics": {}}, "left_out": {"lrp": "no zennit", "mask_ap": "no masks"}})
+        ({'lrp': 'no zennit'}, {'mask_ap': 'no masks'})
+    """
+    protocol, reasons = results["protocol"], results.get("left_out", {})
+    known = {*METRICS, *FIGURES, *protocol.get("metrics", ()), *protocol.get("asked", ())}
+    of_metrics = {name: why for name, why in reasons.items() if name in known}
+    return {name: why for name, why in reasons.items() if name not in known}, of_metrics
+
+
+def grids(protocol: Mapping[str, Any]) -> str:
+    """Say how many grids there are of each size, and how sure the network is of their pictures; "" without grids.
+
+    Example:
+        >>> grids({"grids": {"grid": 48, "grid_3x3": 21}, "confidence": 0.9})
+        '2 x 2: 48, 3 x 3: 21, confidence at least 0.9'
+    """
+    sides = {f"grid{suffix}": f"{side} x {side}" for suffix, side in GRIDS.items()}
+    counts = [f"{sides.get(name, name)}: {count}" for name, count in protocol.get("grids", {}).items()]
+    confidence = protocol.get("confidence") if counts else None
+    return ", ".join([*counts, *([] if confidence is None else [f"confidence at least {confidence}"])])
+
+
+def distant(protocol: Mapping[str, Any]) -> str:
+    """Say how many instances were left out since the network is far from all of their classes; "" if none.
+
+    Example:
+        >>> distant({"distant": 3})
+        "3 instances, none of their classes among the network's 20 most probable"
+    """
+    count = protocol.get("distant", 0)
+    whose = "1 instance, none of its" if count == 1 else f"{count} instances, none of their"
+    return f"{whose} classes among the network's {NEAREST} most probable" if count else ""
+
+
 def is_control(method: str) -> bool:
     """Say whether a method is another one's map to a power.
 
@@ -129,7 +186,7 @@ def is_control(method: str) -> bool:
     return "^" in method
 
 
-def controls(results: Results, metrics: Iterable[str]) -> list[str]:
+def controls(results: Results, among: Iterable[str]) -> list[str]:
     """List the controls that have a figure for one of the metrics.
 
     Example:
@@ -137,21 +194,21 @@ def controls(results: Results, metrics: Iterable[str]) -> list[str]:
         >>> controls({"protocol": {"methods": {}}, "rows": [row]}, ["energy"])
         ['gradcam^2']
     """
-    there, wanted = rows(results), list(metrics)
+    there, wanted = rows(results), list(among)
     return [name for name in _named(results) if is_control(name) and any((name, metric) in there for metric in wanted)]
 
 
 def sections(results: Results) -> list[tuple[str, list[str]]]:
-    """Gather the metrics by kind, in the order of `KINDS` and then of the protocol.
+    """Gather the metrics that have a column by kind, in the order of `KINDS` and then of the protocol.
 
     Example:
-        >>> metrics = {"energy": {"kind": "share"}, "pointing": {"kind": "order"}, "grid": {"kind": "share"}}
-        >>> sections({"protocol": {"metrics": metrics}})
+        >>> known = {"energy": {"kind": "share"}, "pointing": {"kind": "order"}, "grid": {"kind": "share"}}
+        >>> sections({"protocol": {"metrics": known}, "rows": []})
         [('order', ['pointing']), ('share', ['energy', 'grid'])]
     """
-    metrics = results["protocol"]["metrics"]
-    kinds = dict.fromkeys([*KINDS, *(metric["kind"] for metric in metrics.values())])
-    gathered = [(kind, [name for name, metric in metrics.items() if metric["kind"] == kind]) for kind in kinds]
+    kind_of = {name: results["protocol"]["metrics"][name]["kind"] for name in metrics(results)}
+    kinds = dict.fromkeys([*KINDS, *kind_of.values()])
+    gathered = [(kind, [name for name in kind_of if kind_of[name] == kind]) for kind in kinds]
     return [(kind, names) for kind, names in gathered if names]
 
 
@@ -173,22 +230,22 @@ def absence(results: Results, method: str) -> str | None:
     """Say on one line why a method has no figures: it failed, or it was left out; None if neither.
 
     Example:
-        >>> absence({"failures": [{"method": "rise", "reason": "out of memory"}], "left_out": {}}, "rise")
+        >>> absence({"failures": [{"method": "rise", "reason": "out of memory"}]}, "rise")
         'failed: out of memory'
     """
     reasons = [failure["reason"] for failure in results.get("failures", ()) if failure["method"] == method]
     if reasons:
         return printable(f"failed: {'; '.join(dict.fromkeys(map(str, reasons)))}")
-    left_out = results.get("left_out", {})
-    return printable(f"left out: {left_out[method]}") if method in left_out else None
+    gone = left_out(results)[0]
+    return printable(f"left out: {gone[method]}") if method in gone else None
 
 
-def cases(results: Results, metric: str, section: Section = "rows") -> int | None:
-    """Find the number of cases that most of a metric's figures are taken over; None where there is no figure.
+def usual_n(results: Results, metric: str, section: Section = "rows") -> int | None:
+    """Find over how many pictures, grids or rounds most of a metric's figures are; None where there is no figure.
 
     Example:
         >>> rows = [{"method": name, "metric": "energy", "value": 1.0, "n": n} for name, n in zip("abc", (9, 8, 9))]
-        >>> cases({"rows": rows}, "energy")
+        >>> usual_n({"rows": rows}, "energy")
         9
     """
     counts = Counter(row["n"] for (_, name), row in rows(results, section).items() if name == metric)
@@ -244,14 +301,13 @@ def written(value: float | None, unit: str, beside: float | None = None) -> str:
 
 
 def printable(text: object) -> str:
-    """Bring text on one line, and replace what would steer a terminal or cannot be saved.
+    """Write as visible escapes what would break a line, steer a terminal, turn the reading order or not be saved.
 
     Example:
-        >>> printable("two\\nlines, \\x1b[31mred")
-        'two lines, �[31mred'
+        >>> print(printable("two\\nlines, \\x1b[31mred"))
+        two\\nlines, \\x1b[31mred
     """
-    line = " ".join(str(text).split())
-    return "".join(sign if sign.isprintable() else "�" for sign in line)
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(text))
 
 
 def parts(names: Sequence[str], most: int = 6) -> list[Sequence[str]]:
@@ -284,4 +340,4 @@ def _is_number(value: object) -> bool:
 def _named(results: Results) -> list[str]:
     spoken_of = [*results["rows"], *results.get("failures", ())]
     names = [*results["protocol"]["methods"], *(row["method"] for row in spoken_of)]
-    return list(dict.fromkeys([*names, *results.get("left_out", {})]))
+    return list(dict.fromkeys([*names, *left_out(results)[0]]))

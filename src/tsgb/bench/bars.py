@@ -16,7 +16,6 @@ from .account import (
     Row,
     absence,
     best,
-    cases,
     controls,
     is_control,
     methods,
@@ -25,6 +24,7 @@ from .account import (
     rows,
     sections,
     title,
+    usual_n,
     written,
 )
 
@@ -38,8 +38,8 @@ def escaped(value: object) -> str:
     """Make whatever comes from the data fit for an element's text or an attribute.
 
     Example:
-        >>> escaped('<img src="a"> & \\x1b')
-        '&lt;img src=&quot;a&quot;&gt; &amp; �'
+        >>> print(escaped('<img src="a"> & \\x1b'))
+        &lt;img src=&quot;a&quot;&gt; &amp; \\x1b
     """
     return html.escape(printable(value))
 
@@ -119,7 +119,7 @@ def values(results: Results, metrics: Sequence[str], caption: str) -> str:
     """
     there, known = rows(results), results["protocol"]["metrics"]
     axes = {metric: _axis(there, metric, known[metric]["kind"] == "cost") for metric in metrics}
-    usual = {metric: cases(results, metric) for metric in metrics}
+    usual = {metric: usual_n(results, metric) for metric in metrics}
     bold = {metric: best(results, metric) for metric in metrics}
 
     def line(method: str) -> str:
@@ -169,7 +169,7 @@ def differences(results: Results) -> str:
 def _difference_table(results: Results, metrics: Sequence[str], caption: str) -> str:
     there, known = rows(results, "differences"), results["protocol"]["metrics"]
     axes = {metric: _axis(there, metric, around=0.0) for metric in metrics}
-    usual = {metric: cases(results, metric, "differences") for metric in metrics}
+    usual = {metric: usual_n(results, metric, "differences") for metric in metrics}
     lines = []
     for method in [*methods(results), *controls(results, metrics)]:
         found = {metric: there.get((method, metric)) for metric in metrics}
@@ -213,7 +213,8 @@ def _figure(row: Row | None, unit: str, usual: int | None, bold: bool) -> str:
     value, low, high = (written(row[end], unit, row["value"]).replace("-", "−") for end in ("value", "low", "high"))
     n = "" if row["n"] == usual else f'<span class="aside">n = {escaped(row["n"])}</span>'
     value = f"<strong>{value}</strong>" if bold else value
-    return f'{n}<span>{value} <span class="interval">[{low}, {high}]</span></span>'
+    interval = "" if low == high == NONE else f' <span class="interval">[{low}, {high}]</span>'
+    return f"{n}<span>{value}{interval}</span>"
 
 
 def _cell(row: Row | None, text: str, axis: Axis | None, mark: float | None, dot: str = "dot") -> str:

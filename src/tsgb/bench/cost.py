@@ -13,71 +13,88 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..report import one_line
+from .judge import Value
 from .records import Record
 from .work import Job, Worker
 
-__all__ = ["memory", "speed"]
+__all__ = ["UNITS", "measure"]
 
 ROUNDS = 5
 
-#: The last unit that each measurement writes down.
-UNITS = {"speed": f"round-{ROUNDS - 1}", "memory": "process"}
+#: The last unit that each measurement writes down; no picture's name begins with a slash.
+UNITS = {"speed": f"/round/{ROUNDS - 1}", "memory": "/process"}
 
 
-def speed(worker: Worker) -> Iterator[Record]:
-    """Time every method on the first pictures, one target an image, beside a forward under inference mode.
+def measure(name: str, worker: Worker, count: int) -> Iterator[Record]:
+    """Measure "speed" or "memory" of every method, on a batch of the first ``count`` pictures.
 
-    Rounds are interleaved: each runs the forward and then every method once, so that what disturbs the machine disturbs
-    all. A first round warms up and is not counted.
+    What goes wrong is a method's error in its record, also where nothing can be measured at all.
 
     Yields:
         One record for each round and method.
     """
-    images, targets = _batch(worker)
+    try:
+        images, targets = _batch(worker, count)
+        yield from _speed(worker, images, targets) if name == "speed" else _memory(worker.job, count)
+    except Exception as error:
+        for method in worker.job.methods:
+            yield _record(UNITS[name], 0, method, [], f"{name}: {one_line(error)}")
+
+
+def _speed(worker: Worker, images: Tensor, targets: Tensor) -> Iterator[Record]:
+    """Time every method, one target an image, beside a forward under inference mode.
+
+    Rounds are interleaved: each runs the forward and then every method once, so that what disturbs the machine disturbs
+    all. A first round warms up and is not counted.
+    """
     broken: dict[str, str] = {}
     for number in range(-1, ROUNDS):
         forward = _seconds(partial(_forward, worker.model, images), images)
         for method in worker.job.methods:
-            values, errors = [], [broken[method]] if method in broken else []
-            if not errors:
+            values: list[Value] = []
+            if method not in broken:
                 try:
                     spent = _seconds(partial(methods.attribute, method, worker.model, images, targets), images)
-                    values = [("speed", -1, spent / forward)]
+                    values.append(("speed", -1, spent / forward))
                 except Exception as error:  # a rival may raise anything
                     broken[method] = one_line(error)
-                    errors = [broken[method]]
             if number >= 0:
-                yield {"unit": f"round-{number}", "index": number, "method": method, "values": values, "errors": errors}
+                yield _record(f"/round/{number}", number, method, values, broken.get(method))
 
 
-def memory(job: Job) -> Iterator[Record]:
+def _memory(job: Job, count: int) -> Iterator[Record]:
     """Measure how far each method lifts the highest resident set above that of the loaded model and the input.
 
     On a GPU the memory allocated there. Each in a fresh process; divided by what a plain input gradient needs.
-
-    Yields:
-        One record for each method.
     """
-    plain = _in_fresh_process(job, "")
+    plain = _in_fresh_process(job, count, "")
     for method in job.methods:
-        values, errors = [], []
+        values: list[Value] = []
+        broken = None
         try:
-            values = [("memory", -1, _in_fresh_process(job, method) / plain)]
+            values.append(("memory", -1, _in_fresh_process(job, count, method) / plain))
         except Exception as error:  # a rival may raise anything
-            errors = [one_line(error)]
-        yield {"unit": "process", "index": 0, "method": method, "values": values, "errors": errors}
+            broken = one_line(error)
+        yield _record(UNITS["memory"], 0, method, values, broken)
 
 
-def _batch(worker: Worker) -> tuple[Tensor, Tensor]:
+def _record(unit: str, index: int, method: str, values: list[Value], error: str | None) -> Record:
+    errors = [] if error is None else [error]
+    return {"unit": unit, "index": index, "method": method, "values": values, "errors": errors}
+
+
+def _batch(worker: Worker, count: int) -> tuple[Tensor, Tensor]:
     """The first readable pictures, as many as a batch holds, and their predicted classes (N, 1)."""
     tensors: list[Tensor] = []
-    for sample in worker.dataset.samples:
+    for index in range(count):
         try:
-            tensors.append(worker.tensor(sample.read()))
-        except ValueError:
+            tensors.append(worker.tensor(worker.dataset.samples[index].read()))
+        except Exception:  # told where it was judged
             continue
         if len(tensors) == worker.job.batch_size:
             break
+    if not tensors:
+        raise ValueError("none of the pictures can be read")
     images = torch.stack(tensors)
     return images, _forward(worker.model, images).argmax(1, keepdim=True)
 
@@ -97,24 +114,27 @@ def _gradient(model: nn.Module, images: Tensor, targets: Tensor) -> None:
 
 
 def _seconds(run: Callable[[], object], images: Tensor) -> float:
-    if images.is_cuda:
+    if images.is_cuda:  # by the device's own clock
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before.record()
+        run()
+        after.record()
         torch.cuda.synchronize(images.device)
+        return float(before.elapsed_time(after)) / 1000
     start = time.perf_counter()
     run()
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
     return time.perf_counter() - start
 
 
-def _in_fresh_process(job: Job, method: str) -> float:
+def _in_fresh_process(job: Job, count: int, method: str) -> float:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_lifted, job, method).result()
+        return pool.submit(_lifted, job, count, method).result()
 
 
-def _lifted(job: Job, method: str) -> float:
+def _lifted(job: Job, count: int, method: str) -> float:
     """Bytes by which a method, or with "" a plain gradient, lifts the peak of this process."""
-    images, targets = _batch(worker := Worker(job))
+    images, targets = _batch(worker := Worker(job), count)
     if method:  # what it imports is no part of what it needs
         toy = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)

@@ -1,12 +1,10 @@
 """What a bench does where it is not told: which methods, which metrics, which pictures."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from .. import methods as rivals
-from ..data import open_dataset
 from ..models import Network
 from .given import JUDGED, given_methods
 from .work import Job
@@ -42,18 +40,26 @@ def job(
         methods: names of `tsgb.methods.METHODS`; None for all that are installed and need no hundreds of forwards, and
             with ``maps`` for all that lie there.
         metrics: names of `tsgb.bench.protocol.METRICS`; None for those that need nothing but a map.
-        maps: a folder of given maps, ``<picture>_<class>.npy``, or of such folders, one a method.
+        maps: a folder of given maps, ``<picture>_<class>.npy`` of the network's class, in the input's pixels; or of
+            such folders, one a method. They are methods by the folder's name, beside others that are named.
         seed: of everything that is drawn. ``batch_size``: pictures that go through the network at once.
         out: the folder for records and results.
 
     Raises:
+        TypeError: ``load`` cannot be called, or names are given as one text.
         ValueError: ``maps`` holds no maps.
 
     Example:
+        >>> from functools import partial
         >>> import tsgb
         >>> job(partial(tsgb.load, "bundled"), methods=["tsgb"]).metrics == METRICS
         True
     """
+    if not callable(load):
+        raise TypeError(f"load must give the network when called, as partial(tsgb.load, 'bundled'), got {load!r}")
+    for name, words in (("methods", methods), ("metrics", metrics)):
+        if isinstance(words, str):
+            raise TypeError(f"{name} must be a list of names, got {words!r}: write [{words!r}]")
     left_out: list[tuple[str, str]] = []
     if methods is None and maps is not None:
         methods = given_methods(maps)
@@ -64,7 +70,7 @@ def job(
         methods = [name for name in rivals.METHODS if name not in dict(left_out)]
     return Job(
         load=load,
-        open=partial(open_dataset, data),
+        data=data,
         methods=tuple(methods),
         metrics=tuple(metrics) if metrics is not None else METRICS if maps is None else _without_grids(),
         seed=seed,

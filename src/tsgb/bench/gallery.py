@@ -67,30 +67,45 @@ class Gallery:
 def rows(out: Path, methods: Sequence[str], records: Sequence[Record]) -> list[dict[str, Any]]:
     """List what the page shows: for each of the worst pictures the picture and its overlays, the worst first."""
     by_key = {(record["unit"], record["method"]): record for record in records}
-    scored = []
-    for (unit, method), note in by_key.items():
-        first = by_key.get((unit, methods[0]))
-        value = None if method or first is None else score(first)
-        if value is not None and _file(out, note["index"], "").exists():
-            scored.append((value, note["index"], note))
     return [
         {
             "image": note["unit"],
             "target": note["shown"],
             "score": value,
-            "picture": _file(out, index, "").read_bytes(),
+            "picture": _file(out, note["index"], "").read_bytes(),
             "cells": [
                 {
                     "method": method,
-                    "overlay": _file(out, index, method).read_bytes(),
+                    "overlay": _file(out, note["index"], method).read_bytes(),
                     "note": _said(by_key[note["unit"], method]),
                 }
                 for method in methods
-                if _file(out, index, method).exists()
+                if _file(out, note["index"], method).exists()
             ],
         }
-        for value, index, note in sorted(scored, key=lambda entry: entry[:2])[:SHOWN]
+        for value, note in _worst(methods[0], records)
+        if _file(out, note["index"], "").exists()
     ]
+
+
+def lacking(out: Path, methods: Sequence[str], records: Sequence[Record]) -> list[tuple[int, list[str]]]:
+    """List the worst pictures of which drawings are not there, each with the methods; "" for the picture itself."""
+    failed = {(record["unit"], record["method"]) for record in records if record.get("errors")}
+    found = []
+    for _, note in _worst(methods[0], records):
+        missing = [m for m in ("", *methods) if not _file(out, note["index"], m).exists()]
+        found.append((note["index"], [method for method in missing if (note["unit"], method) not in failed]))
+    return [entry for entry in found if entry[1]]
+
+
+def _worst(method: str, records: Sequence[Record]) -> list[tuple[float, Record]]:
+    """The pictures that a method does worst on, by one score for all, each with what was noted of it."""
+    notes = {record["unit"]: record for record in records if not record["method"]}
+    judged = [record for record in records if record["method"] == method and record["unit"] in notes]
+    name = next((name for name in SCORES if any(_mean(record, name) is not None for record in judged)), "")
+    scored = [(_mean(record, name), record) for record in judged]
+    worst = sorted(((value, record["index"], record["unit"]) for value, record in scored if value is not None))[:SHOWN]
+    return [(value, notes[unit]) for value, _, unit in worst]
 
 
 def score(record: Record) -> float | None:

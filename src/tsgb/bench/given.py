@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,15 +55,25 @@ def given_maps(folder: Path, label: str, classes: Sequence[int]) -> tuple[dict[i
 
     Example:
         >>> given_maps(Path("nowhere"), "cat", [281])
-        ({}, ['class 281: no map cat_281.npy'])
+        ({}, ["no map: expected <picture>_<class>.npy, of the network's class"])
     """
     maps, errors = {}, []
     for target in classes:
         file = folder / f"{label}_{target}.npy"
         try:
-            maps[target] = torch.from_numpy(np.asarray(np.load(file, allow_pickle=False), dtype=np.float64))
+            maps[target] = torch.from_numpy(_read(file))
         except FileNotFoundError:
-            errors.append(f"class {target}: no map {file.name}")
-        except (OSError, ValueError, TypeError, EOFError) as error:
-            errors.append(f"class {target}: {file.name} is no array of numbers: {' '.join(str(error).split())}")
+            errors.append("no map: expected <picture>_<class>.npy, of the network's class")
+        except Exception as error:  # whatever numpy makes of a broken file
+            errors.append(f"{file.name}: {' '.join(str(error).split()) or type(error).__name__}")
     return maps, errors
+
+
+def _read(file: Path) -> npt.NDArray[np.float64]:
+    with open(file, "rb") as opened:
+        if opened.read(6) != b"\x93NUMPY":
+            raise ValueError("not a .npy file")
+    values = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a header may promise more than memory holds
+    if values.ndim != 2 or values.dtype.kind not in "biuf":
+        raise ValueError(f"expected real numbers (H, W), got {values.dtype} {values.shape}")
+    return np.array(values, dtype=np.float64)

@@ -29,7 +29,7 @@ def seed_of(seed: int, *of: object) -> int:
         >>> seed_of(0, "cat.png"), seed_of(1, "cat.png")
         (2709416577, 3053813442)
     """
-    return zlib.crc32("/".join(map(str, (seed, *of))).encode())
+    return zlib.crc32("/".join(map(str, (seed, *of))).encode(errors="surrogatepass"))
 
 
 def judge_case(
@@ -46,7 +46,7 @@ def judge_case(
     found: list[tuple[str, Any]] = []
     if "mask_ap" in metrics and case.has_mask:
         found.append(("mask_ap", order.average_precision(maps, masks, drawn)))
-    if "box_ap" in metrics and len(case.boxes):
+    if "box_ap" in metrics and case.box_region.any():
         found.append(("box_ap", order.average_precision(maps, case.box_region[None].to(map.device), drawn)))
     if case.region.any():
         if "pointing" in metrics:

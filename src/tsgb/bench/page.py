@@ -12,7 +12,23 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .account import KINDS, NONE, Results, check, is_control, methods, numbered, rows, sections, title, written
+from .account import (
+    KINDS,
+    NONE,
+    Results,
+    check,
+    distant,
+    grids,
+    is_control,
+    left_out,
+    methods,
+    metrics,
+    numbered,
+    rows,
+    sections,
+    title,
+    written,
+)
 from .bars import differences, escaped, values
 
 __all__ = ["html"]
@@ -21,10 +37,12 @@ _OPEN = 10  # problems that are shown unasked
 _NUMBER = ' class="number"'
 
 _READ = """
-<p>Each figure stands with its 95 % bootstrap interval, over images, and with the number n of cases where that is not
-the column's. Dot and line show both on one axis for the column; the thin upright line marks TSGB. The best figure of a
-column is bold, with all that are printed alike. Compare methods by the <a href="#differences">paired differences</a>,
-which are taken over the same images: two intervals that overlap here may still differ clearly there.</p>
+<p>Each figure stands with its 95 % interval: a bootstrap over pictures, for grid figures over grids; for time and
+memory it is over rounds, and what was measured once has none. The number n counts these pictures, grids or rounds; it
+stands beside a figure where it is not the column's. Dot and line show both on one axis for the column; the thin upright
+line marks TSGB. The best figure of a column is bold, with all that are printed alike. Compare methods by the
+<a href="#differences">paired differences</a>, which are taken over the same images: two intervals that overlap here may
+still differ clearly there.</p>
 <p><strong>The headline is what depends only on the order of a map's pixels</strong>: average precision, pointing, boxes
 at the best threshold, insertion and deletion. No rescaling of a map changes it. <strong>Shares</strong> (energy, grid)
 are another matter: they reward any sharpening. Squaring a map lifts them and adds no knowledge, so they stand beside
@@ -70,7 +88,7 @@ def html(results: Results, gallery: Sequence[Mapping[str, Any]] = ()) -> str:
     name = f"{escaped(protocol['model'])} on {escaped(protocol['data'])}"
     body = {
         "reading": ("How to read it", _READ),
-        **{kind: _kind(results, kind, metrics) for kind, metrics in sections(results)},
+        **{kind: _kind(results, kind, names) for kind, names in sections(results)},
         "differences": ("Paired differences to TSGB", differences(results)),
         "failures": ("Failures and problems", _failures(results)),
         "gallery": ("Gallery", _gallery(results, gallery)),
@@ -119,15 +137,15 @@ def _digest(text: str) -> str:
 
 def _facts(protocol: Mapping[str, Any], results: Results) -> str:
     counts = f"{protocol['images']} images" + (f", {protocol['cases']} cases" if "cases" in protocol else "")
-    grids = ", ".join(f"{count} ({name})" for name, count in protocol.get("grids", {}).items())
     done = len({method for method, _ in rows(results) if not is_control(method)})
     facts = {
         "Model": protocol["model"],
         "Weights": f"{protocol.get('weights') or NONE}, sha256 {str(protocol.get('weights_sha256') or NONE)[:12]}",
         "Data": f"{protocol['data']}, {counts}",
-        "Grids": grids or NONE,
+        "Grids": grids(protocol) or NONE,
+        **({"Left out": distant(protocol)} if distant(protocol) else {}),
         "Methods": f"{done} of {len(methods(results))} with figures",
-        "Metrics": len(protocol["metrics"]),
+        "Metrics": len(metrics(results)),
         "Seed": protocol["seed"],
     }
     return (
@@ -135,13 +153,13 @@ def _facts(protocol: Mapping[str, Any], results: Results) -> str:
     )
 
 
-def _kind(results: Results, kind: str, metrics: Sequence[str]) -> tuple[str, str]:
+def _kind(results: Results, kind: str, names: Sequence[str]) -> tuple[str, str]:
     heading, note = KINDS.get(kind, (kind, ""))
     blocks = [f"<p>{escaped(note)}</p>"] if note else []
-    blocks += [values(results, part, f"{heading}{number}: value [95 % interval]") for part, number in numbered(metrics)]
+    blocks += [values(results, part, f"{heading}{number}: value [95 % interval]") for part, number in numbered(names)]
     known = results["protocol"]["metrics"]
     terms = "".join(
-        f"<dt>{escaped(known[name]['title'])}</dt><dd>{escaped(known[name]['text'])}</dd>" for name in metrics
+        f"<dt>{escaped(known[name]['title'])}</dt><dd>{escaped(known[name]['text'])}</dd>" for name in names
     )
     return escaped(heading), "\n".join([*blocks, f'<dl class="terms">{terms}</dl>'])
 
@@ -154,9 +172,11 @@ def _failures(results: Results) -> str:
             for failure in failures
         ]
         blocks.append(_plain("Failures", ("Method", "Reason", "Count", "First images"), lines))
-    if left_out := results.get("left_out", {}):
-        pairs = [(title(results, name), why) for name, why in left_out.items()]
-        blocks.append(_plain("Left out", ("Method", "Reason"), pairs))
+    of_methods, of_metrics = left_out(results)
+    gone = [(title(results, name), "method", why) for name, why in of_methods.items()]
+    gone += [(name, "metric", why) for name, why in of_metrics.items()]
+    if gone:
+        blocks.append(_plain("Left out", ("Name", "Kind", "Reason"), gone))
     if problems := results.get("problems", ()):
         items = "".join(f"<li>{escaped(problem)}</li>" for problem in problems)
         opened = " open" if len(problems) <= _OPEN else ""
@@ -166,7 +186,7 @@ def _failures(results: Results) -> str:
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
     known = [(name, method["title"], method["source"]) for name, method in protocol["methods"].items()]
-    metrics = [
+    figures = [
         (name, metric["title"], metric["text"], metric["unit"] or NONE, metric["better"], metric["kind"])
         for name, metric in protocol["metrics"].items()
     ]
@@ -174,7 +194,7 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     blocks = [
         _plain("Settings", ("Name", "Value"), list(_flat(rest))),
         _plain("Methods", ("Name", "Title", "How it was computed"), known),
-        _plain("Metrics", ("Name", "Title", "How it was taken", "Unit", "Better", "Kind"), metrics),
+        _plain("Metrics", ("Name", "Title", "How it was taken", "Unit", "Better", "Kind"), figures),
     ]
     return f"<details><summary>Protocol in full</summary>\n{chr(10).join(blocks)}\n</details>"
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CONTROLS", "FIGURES", "GRIDS", "METRICS", "Figure", "figures", "is_asked"]
+__all__ = ["CONTROLS", "FIGURES", "GRIDS", "METRICS", "REFERENCE", "Figure", "figures", "is_asked"]
 
 Kind = Literal["order", "share", "boxes", "perturbation", "sanity", "cost"]
 
@@ -12,6 +12,7 @@ TOLERANCE = 15.0  # pixels of the original image, Zhang et al. 2016
 CONFIDENCES = (0.99, 0.9)  # of a grid's pictures: the first where it leaves enough pictures, else the second
 LARGEST_GRIDS = 500
 NEAREST = 20  # a picture's instance of a group of classes counts if one of them is among so many most probable ones
+REFERENCE = "tsgb"  # the method that the others are compared with
 STAGES = 8  # of the cascading randomisation
 
 #: Side of each grid in pictures, by the metric's name.

@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Key", "Record", "append", "key", "mend", "read"]
+__all__ = ["Key", "Record", "alone", "append", "key", "mend", "read"]
 
 Record = dict[str, Any]
 Key = tuple[str, str]
@@ -52,7 +53,28 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def mend(path: Path) -> None:
-    """End a line that a kill has torn, so that the next record begins a line of its own."""
-    with open(path, "rb+") as file:
-        if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-            file.write(b"\n")
+    """Cut off a last line that a kill has torn."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other benches out of a folder, where the system can lock files.
+
+    Raises:
+        RuntimeError: another bench writes there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    with open(out / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(f"another bench writes to {out}: wait for it, or choose another --out") from error
+        yield

@@ -8,11 +8,24 @@ from typing import Any
 
 from .. import render
 from . import gallery, page, rows, table
-from .protocol import figures
+from .protocol import FIGURES, METRICS, figures
 from .records import Record
 from .work import Job
 
 __all__ = ["summary", "write"]
+
+#: Why a metric may find nothing to judge, where no method failed.
+WHY_EMPTY = {
+    "mask_ap": "no picture has a mask of a class that the network knows",
+    "box_ap": "no picture has a box of a class that the network knows",
+    "pointing": "no picture has a mask or box of a class that the network knows",
+    "energy": "no picture has a mask or box of a class that the network knows",
+    "box_accuracy": "no picture has a box of a class that the network knows",
+    "max_box_accuracy": "no picture has a box of a class that the network knows",
+    "grid": "too few pictures of distinct single classes of which the network is sure",
+    "grid_ap": "too few pictures of distinct single classes of which the network is sure",
+}
+METRIC_OF = {FIGURES[figure].values: metric for metric, given in METRICS.items() for figure in given}
 
 
 def write(job: Job, protocol: dict[str, Any], found: Sequence[Record], problems: Sequence[str]) -> dict[str, Any]:
@@ -30,13 +43,20 @@ def write(job: Job, protocol: dict[str, Any], found: Sequence[Record], problems:
     """
     gathered, asked = rows.gather(found), figures(job.metrics)
     notes = sorted((r for r in found if r["method"] == ""), key=lambda r: (r["index"], r["unit"]))
+    failed = rows.failures(found, job.methods)
+    judged = {METRIC_OF[name] for _, name in gathered if name in METRIC_OF}
+    empty = {} if failed else {m: why for m, why in WHY_EMPTY.items() if m in job.metrics and m not in judged}
     results = {
-        "protocol": {**protocol, "cases": sum(note.get("cases", 0) for note in notes)},
+        "protocol": {
+            **protocol,
+            "cases": sum(note.get("cases", 0) for note in notes),
+            "distant": sum(note.get("distant", 0) for note in notes),
+        },
         "rows": rows.rows(gathered, job.methods, asked, job.seed),
         "differences": rows.differences(gathered, job.methods, asked, job.seed),
-        "failures": rows.failures(found, job.methods),
+        "failures": failed,
         "problems": [*problems, *(problem for note in notes for problem in note["problems"])],
-        "left_out": dict(job.left_out),
+        "left_out": {**dict(job.left_out), **empty},
     }
     render.save_text(json.dumps(results, indent=1, allow_nan=False) + "\n", job.out / "results.json")
     render.save_text(table.markdown(results), job.out / "results.md")

@@ -10,13 +10,11 @@ import numpy.typing as npt
 import torch
 
 from ..metrics import boxes, intervals
-from .protocol import CONTROLS, FIGURES
+from .protocol import CONTROLS, FIGURES, REFERENCE
 from .records import Record
 
 __all__ = ["differences", "failures", "gather", "rows"]
 
-THRESHOLDS = 1001
-REFERENCE = "tsgb"
 SHOWN = 5  # names in a list of failures
 
 Floats = npt.NDArray[np.float64]
@@ -122,8 +120,8 @@ def _cases(kept: _Values, figure: str) -> _Cases:
 
 
 def _hits(text: str) -> npt.NDArray[np.bool_]:
-    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8).reshape(-1, -(-THRESHOLDS // 8))
-    return np.unpackbits(packed, axis=1)[:, :THRESHOLDS].astype(bool)
+    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8).reshape(-1, -(-boxes.THRESHOLDS // 8))
+    return np.unpackbits(packed, axis=1)[:, : boxes.THRESHOLDS].astype(bool)
 
 
 def _figure(cases: _Cases, figure: str, seed: int) -> dict[str, Any]:
@@ -133,20 +131,19 @@ def _figure(cases: _Cases, figure: str, seed: int) -> dict[str, Any]:
         return {"value": None, "low": None, "high": None, "n": 0}
     if shown.statistic == "median":
         value = float(np.median(cases.values))
-        low, high = np.quantile(cases.values, (0.025, 0.975)).tolist()
+        low, high = intervals.median_interval(cases.values, seed) if len(cases.values) > 1 else (None, None)
     elif shown.statistic == "class mean":
         value = intervals.mean_over_classes(cases.values, cases.categories)
         low, high = intervals.class_mean_interval(cases.values, cases.categories, cases.units, seed)
     else:
         value = float(cases.values.mean())
         low, high = intervals.mean_interval(cases.values, cases.units, seed)
+    count = len(np.unique(cases.units))
+    if count == 1:
+        low = high = None  # one picture says nothing of how others would fare
     factor = 100 if shown.unit == "%" else 1
-    return {
-        "value": factor * value,
-        "low": factor * low,
-        "high": factor * high,
-        "n": len(np.unique(cases.units)),
-    }
+    ends = {name: None if end is None else factor * end for name, end in (("low", low), ("high", high))}
+    return {"value": factor * value, **ends, "n": count}
 
 
 def _paired(mine: _Cases, theirs: _Cases) -> _Cases:

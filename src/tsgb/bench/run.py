@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from .. import methods, render
-from ..report import versions
+from ..data import fingerprint
+from ..models import sha256
 from . import cost, records, results
+from .crew import Begun, Crew, Task, on_rank_0, ranks, threads
 from .given import JUDGED, given_methods
 from .protocol import CONFIDENCES, FIGURES, GRIDS, LARGEST_GRIDS, METRICS, figures, is_asked
 from .records import Key, Record
@@ -27,10 +25,7 @@ from .work import Grid, Job, Worker
 
 __all__ = ["run"]
 
-MOST_WORKERS = 8
-
-Begun = Callable[[int], AbstractContextManager[Callable[[int], object]]]
-Task = tuple[str, tuple[Any, ...], frozenset[Key]]  # what of the worker does it, what is to be done, what is already
+_PACKAGES = ("tsgb", "torch", "numpy", "pillow", "torchvision", "timm", "captum", "zennit", "pycocotools")
 
 
 def run(
@@ -43,12 +38,13 @@ def run(
 
     Every process computes with one thread and every batch holds the same pictures, so that the results do not depend on
     how many processes there are, nor on how often the run was killed and started again. Under ``torchrun`` the ranks
-    share the work; they need the ``out`` folder in common.
+    share the work; they need the ``out`` folder in common. What has failed stays so when a run goes on: another ``out``
+    tries it again.
 
     Args:
         job: what is to be done. ``limit``: the first so many pictures of the dataset; None takes all.
         workers: processes of this rank; None takes one a core, 8 at most, and this one alone where the network is on a
-            GPU. More than one needs ``job.load`` and ``job.open`` to be picklable.
+            GPU. More than one needs ``job.load`` to be picklable.
         begun: entered with the number of pictures (later grids) to be done; what it yields is called with how many more
             are done.
 
@@ -56,90 +52,37 @@ def run(
         The results, as ``results.json`` has them; {} on a rank other than 0.
 
     Raises:
-        ValueError: a method or metric is unknown, or ``out`` holds another bench.
-        OSError: ``out`` cannot be written.
+        ValueError: a method or metric is unknown, ``limit`` is not positive, or ``out`` holds another bench.
+        OSError: ``out`` cannot be written. RuntimeError: a process was killed, or another bench writes to ``out``.
+
+    Example:
+        >>> import functools, tempfile, tsgb
+        >>> what = {"methods": ["tsgb", "gradcam"], "metrics": ["pointing"], "out": tempfile.mkdtemp()}
+        >>> found = run(tsgb.bench.job(functools.partial(tsgb.load, "bundled"), **what), limit=2, workers=1)
+        >>> [(row["method"], row["n"]) for row in found["rows"] if row["metric"] == "pointing"]
+        [('tsgb', 2), ('gradcam', 2)]
     """
-    _check(job)
-    threads = torch.get_num_threads()
-    with _ranks() as (rank, world), _threads(1):
+    _check(job, limit)
+    usual = torch.get_num_threads()
+    with ranks() as (rank, world), threads(1):
         worker = Worker(job, rank)
         count = min(len(worker.dataset.samples), len(worker.dataset.samples) if limit is None else limit)
-        protocol = _protocol(worker, count)
-        known: dict[Key, Record] = {}
-        if rank == 0:
-            _begin(job.out, protocol)
-            known = _journal(job.out)
-        known = _told(known)
-        share = _Share(worker, rank, world, workers, begun)
-        share.work(_picture_tasks(worker, count, known))
-        planned, confidence = _told(_planned(job) if rank == 0 else None)
-        share.work(_grid_tasks(planned, job, known))
-        if rank == 0:
-            with _threads(threads):
-                _measure(worker, known)
-        if rank > 0:
-            return {}
-        found = list(_journal(job.out).values())
-        counts = {"confidence": confidence} if planned else {}
-        return results.write(job, {**protocol, **counts}, found, worker.dataset.problems)
-
-
-class _Share:
-    """A rank's share of the work, and the processes that do it."""
-
-    def __init__(self, worker: Worker, rank: int, world: int, workers: int | None, begun: Begun) -> None:
-        self.worker, self.rank, self.world, self.begun = worker, rank, world, begun
-        on_cpu = all(p.device.type == "cpu" for p in worker.model.parameters())
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.workers = workers or (max(1, min(MOST_WORKERS, cores // here)) if on_cpu else 1)
-
-    def work(self, tasks: Sequence[Task]) -> None:
-        """Do this rank's part of the tasks, and wait until all ranks have done theirs."""
-        mine = tasks[self.rank :: self.world]
-        with self.begun(sum(len(task[1]) for task in mine)) as done:
-            if min(self.workers, len(mine)) <= 1:
-                for task in mine:
-                    _do(self.worker, task)
-                    done(len(task[1]))
-            else:
-                self._spread(mine, done)
-        if self.world > 1:
-            distributed.barrier()
-
-    def _spread(self, mine: Sequence[Task], done: Callable[[int], object]) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork after torch has run threads may hang
-        count = min(self.workers, len(mine))
-        with ProcessPoolExecutor(count, context, _enter, (self.worker.job, self.rank)) as pool:
-            futures = {pool.submit(_do_here, task): len(task[1]) for task in mine}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    done(futures[future])
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    "a process of the bench was killed, perhaps for want of memory: start again with the same arguments "
-                    "to go on, or in another --out with a smaller --batch-size"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-_workers: list[Worker] = []  # of a process of the pool, its own
-
-
-def _enter(job: Job, rank: int) -> None:
-    torch.set_num_threads(1)
-    _workers[:] = [Worker(job, rank)]
-
-
-def _do_here(task: Task) -> None:
-    _do(_workers[0], task)
-
-
-def _do(worker: Worker, task: Task) -> None:
-    (worker.do_pictures if task[0] == "pictures" else worker.do_grids)(task[1], task[2])
+        protocol = on_rank_0(rank, lambda: _protocol(worker, count))
+        on_rank_0(rank, lambda: _begin(job.out, protocol))
+        with records.alone(job.out) if rank == 0 else nullcontext():
+            known = on_rank_0(rank, lambda: _known(job.out))
+            crew = Crew(worker, rank, world, workers, begun)
+            crew.work(_picture_tasks(worker, count, known))
+            planned, confidence = on_rank_0(rank, lambda: _planned(job))
+            crew.work(_grid_tasks(planned, job, known))
+            if rank > 0:
+                return {}
+            with threads(usual):
+                _measure(worker, count, known)
+            found = list(_journal(job.out).values())
+            worker.draw_worst(found)
+            counts = {"confidence": confidence, "grids": _by_side(planned)} if planned else {}
+            return results.write(job, {**protocol, **counts}, found, worker.dataset.problems)
 
 
 def _picture_tasks(worker: Worker, count: int, known: dict[Key, Record]) -> list[Task]:
@@ -173,11 +116,16 @@ def _planned(job: Job) -> tuple[list[Grid], float | None]:
     confidence = next((c for c in CONFIDENCES if sum(p >= c for *_, p in sure) >= enough), CONFIDENCES[-1])
     pool = [(index, target) for index, target, p in sure if p >= confidence]
     planned = [
-        Grid(f"grid{suffix}-{number:04d}", indices)
+        # No picture has a name that begins with a slash.
+        Grid(f"/grid{suffix}/{number:04d}", indices)
         for suffix, side in GRIDS.items()
         for number, indices in enumerate(grids(pool, side, LARGEST_GRIDS, job.seed))
     ]
     return planned, confidence
+
+
+def _by_side(planned: Sequence[Grid]) -> dict[str, int]:
+    return {f"grid{suffix}": sum(len(grid.indices) == side**2 for grid in planned) for suffix, side in GRIDS.items()}
 
 
 def _grid_tasks(planned: Sequence[Grid], job: Job, known: dict[Key, Record]) -> list[Task]:
@@ -193,86 +141,65 @@ def _grid_tasks(planned: Sequence[Grid], job: Job, known: dict[Key, Record]) -> 
     return tasks
 
 
-def _measure(worker: Worker, known: dict[Key, Record]) -> None:
+def _measure(worker: Worker, count: int, known: dict[Key, Record]) -> None:
     """Measure time and memory, unless it was done."""
     for name in ("speed", "memory"):
         if name in worker.job.metrics and not all((cost.UNITS[name], m) in known for m in worker.job.methods):
-            for record in cost.speed(worker) if name == "speed" else cost.memory(worker.job):
+            for record in cost.measure(name, worker, count):
                 if records.key(record) not in known:
                     records.append(worker.journal, [record])
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with so many threads; the last digits of a sum depend on how many share it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _ranks() -> Iterator[tuple[int, int]]:
-    """Join the ranks that `torchrun` has started, if it has: rank and number of ranks."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or distributed.is_initialized():
-        yield (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        return
-    distributed.init_process_group("gloo")
-    try:
-        yield distributed.get_rank(), world
-    finally:
-        distributed.destroy_process_group()
-
-
-def _told(value: Any) -> Any:
-    """What rank 0 has, on every rank."""
-    if not distributed.is_initialized():
-        return value
-    told = [value]
-    distributed.broadcast_object_list(told)
-    return told[0]
-
-
-def _check(job: Job) -> None:
-    for kind, asked, known in (
-        ("method", job.methods, tuple(methods.METHODS)),
-        ("metric", job.metrics, tuple(METRICS)),
-    ):
-        if job.maps is not None:
-            known = given_methods(job.maps) if kind == "method" else JUDGED
+def _check(job: Job, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more pictures, got {limit}")
+    given = given_methods(job.maps) if job.maps is not None else ()
+    for kind, asked, known in (("method", job.methods, (*given, *methods.METHODS)), ("metric", job.metrics, METRICS)):
         for name in asked:
             if name not in known:
-                where = "" if job.maps is None else " of given maps"
-                raise ValueError(f"{name!r} is no {kind}{where}: choose among {', '.join(known)}")
+                raise ValueError(f"{name!r} is no {kind}: choose among {', '.join(known)}")
         if not asked or len(set(asked)) < len(asked):
             raise ValueError(f"{kind}s must be one or more, each once, got {', '.join(asked) or 'none'}")
+    unfit = [metric for metric in job.metrics if metric not in JUDGED]
+    if unfit and any(method in given for method in job.methods):
+        raise ValueError(f"given maps cannot be judged by {', '.join(unfit)}: choose among {', '.join(JUDGED)}")
 
 
 def _protocol(worker: Worker, count: int) -> dict[str, Any]:
     """Everything that the results depend on."""
     job, network = worker.job, worker.network
-    return {
+    code = Path(network.spec.rpartition(":")[0])
+    protocol = {
         "model": network.spec,
         "weights": network.weights,
         "weights_sha256": network.weights_sha256,
+        **({"code_sha256": sha256(code)} if code.suffix == ".py" else {}),
         "preprocessing": network.preprocessing.record(),
         "data": worker.dataset.name,
         "layout": worker.dataset.layout,
+        **({} if job.data is None else {"data_sha256": fingerprint(Path(job.data))}),
+        **({} if job.maps is None else {"maps_sha256": fingerprint(job.maps)}),
         "images": count,
         "seed": job.seed,
         "batch_size": job.batch_size,
         "methods": {name: _method(job, name) for name in job.methods},
         "metrics": {name: asdict(FIGURES[name]) for name in figures(job.metrics)},
         "asked": list(job.metrics),
-        "versions": versions(),
+        "versions": dict(_versions()),
     }
+    return protocol
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
 
 
 def _method(job: Job, name: str) -> dict[str, str]:
-    if job.maps is not None:
+    if job.maps is not None and name in given_methods(job.maps):
         return {"title": name, "source": "given maps"}
     return {"title": methods.METHODS[name].title, "source": methods.METHODS[name].source}
 
@@ -280,16 +207,32 @@ def _method(job: Job, name: str) -> dict[str, str]:
 def _begin(out: Path, protocol: dict[str, Any]) -> None:
     """Begin a journal, or go on with that of the same bench."""
     file = out / "protocol.json"
-    text = json.dumps(protocol, indent=1) + "\n"
     if file.exists():
-        if file.read_text() != text:
-            raise ValueError(f"{out} holds another bench (see {file}): choose another --out, or remove it")
+        _check_same(file, protocol)
+    elif out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file: choose another --out")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no bench: choose another --out")
     else:
-        render.save_text(text, file)
+        render.save_text(json.dumps(protocol, indent=1) + "\n", file)
+
+
+def _check_same(file: Path, protocol: dict[str, Any]) -> None:
+    try:
+        found = json.loads(file.read_text())
+        different = [name for name in {**found, **protocol} if found.get(name) != protocol.get(name)]
+    except (ValueError, TypeError):
+        different = ["a protocol that cannot be read"]
+    if different:
+        held = f"{file.parent} holds another bench, which differs in {', '.join(different)}"
+        raise ValueError(f"{held}: choose another --out, or remove it")
+
+
+def _known(out: Path) -> dict[Key, Record]:
+    """What was done before, after a kill too."""
     for journal in out.glob("records*.jsonl"):
         records.mend(journal)
+    return _journal(out)
 
 
 def _journal(out: Path) -> dict[Key, Record]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..categories import classes_of
+from ..categories import classes_of, has_kinds
 from ..data import Dataset, Region, Sample
 from ..models import Network
 from ..preprocessing import Preprocessing
@@ -73,6 +73,7 @@ class Subject:
         scale: pixels of the picture per pixel of the input, down and across.
         cases: the classes in it that the network knows, each once.
         problems: one line for each annotation that cannot be judged.
+        distant: classes that are left out as the network has only kinds of them, none among its 20 most probable.
     """
 
     unit: str
@@ -81,6 +82,7 @@ class Subject:
     scale: tuple[float, float]
     cases: tuple[Case, ...]
     problems: tuple[str, ...]
+    distant: int = 0
 
 
 def subject(
@@ -99,7 +101,7 @@ def subject(
         ValueError: the annotation cannot be read.
     """
     order = logits.argsort(descending=True, stable=True).tolist()
-    cases, problems = [], []
+    cases, problems, distant = [], [], 0
     if not sample.categories:
         problems.append(f"{sample.name}: no annotation")
     elif sample.size is not None and sample.size != picture.size:
@@ -111,14 +113,17 @@ def subject(
             best = next((c for c in order if c in known), None)
             if best is None:
                 problems.append(f"{sample.name}: the network has no class {category.name!r} ({region.category})")
-            elif len(known) == 1 or best in order[:NEAREST]:
+            elif best not in order[:NEAREST] and has_kinds(category, network.names, len(order)):
+                distant += 1
+            else:
                 case = _case(region, best, len(sample.categories) > 1, picture.size, network.preprocessing)
-                if case.region.any() or not (case.has_mask or len(region.boxes)):
+                has_place = case.has_mask or len(region.boxes)
+                if case.region.any() or not has_place:
                     cases.append(case)
-                else:
-                    problems.append(f"{sample.name}: {category.name!r} lies outside of what the network sees")
+                if has_place and not (case.region.any() and case.box_region.any()):
+                    problems.append(f"{sample.name}: {category.name!r} holds no pixel of what the network sees")
     scale = _scale(network.preprocessing, picture.size)
-    return Subject(sample.name, index, tensor, scale, tuple(cases), tuple(problems))
+    return Subject(sample.name, index, tensor, scale, tuple(cases), tuple(problems), distant)
 
 
 def _case(region: Region, target: int, has_others: bool, size: tuple[int, int], preprocessing: Preprocessing) -> Case:

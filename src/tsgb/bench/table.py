@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,16 +14,20 @@ from .account import (
     Row,
     absence,
     best,
-    cases,
     check,
     controls,
+    distant,
+    grids,
     is_control,
+    left_out,
     methods,
+    metrics,
     parts,
     printable,
     rows,
     sections,
     title,
+    usual_n,
     written,
 )
 
@@ -34,11 +39,11 @@ _ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
 
 
 def markdown(results: Results) -> str:
-    """Write the results as Markdown tables, methods down and metrics across, readable as they stand.
+    """Write the results as Markdown tables, methods down and metrics across, with the protocol below.
 
-    A cell is ``value [low, high]``, with n where it is not the column's; the best value of a column is bold, as are
-    all that are printed alike. Up to 6 metrics make one table, more a table for each kind. Controls stand below, in
-    italics; a method without figures says why.
+    A cell is ``value [low, high]``, or the value alone where it has no interval, with n where it is not the column's;
+    the best value of a column is bold, as are all that are printed alike. Up to 6 metrics make one table, more a table
+    for each kind. Controls stand below, in italics; a method without figures says why.
 
     Args:
         results: The bench's results, as in ``results.json``.
@@ -61,18 +66,25 @@ def markdown(results: Results) -> str:
         | :----- | ---------------------: |
         | TSGB   | **90.0** [75.0, 100.0] |
         <BLANKLINE>
+        ## Protocol
+        <BLANKLINE>
+        - **Pointing**: argmax in a box
+        - **TSGB**: tsgb.explain
+        <BLANKLINE>
+        Seed 0.
+        <BLANKLINE>
     """
     check(results)
     blocks = [_heading(results["protocol"])]
-    metrics = list(results["protocol"]["metrics"])
-    if len(metrics) <= _ONE_TABLE:
-        blocks.append(_table(results, metrics))
+    columns = metrics(results)
+    if len(columns) <= _ONE_TABLE:
+        blocks.extend(_table(results, part) for part in parts(columns))
     else:
         for kind, names in sections(results):
             heading, note = KINDS.get(kind, (kind, ""))
             blocks.append(f"## {_escaped(heading)}" + (f"\n\n{note}" if note else ""))
             blocks.extend(_table(results, part) for part in parts(names))
-    blocks += _lists(results)
+    blocks += [*_lists(results), *_protocol(results)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -82,24 +94,24 @@ def _heading(protocol: Mapping[str, Any]) -> str:
     return f"{run} Value [95 % interval]; ↑ higher is better, ↓ lower; best bold."
 
 
-def _table(results: Results, metrics: Sequence[str]) -> str:
+def _table(results: Results, columns: Sequence[str]) -> str:
     there = rows(results)
     known = results["protocol"]["metrics"]
-    usual = {metric: cases(results, metric) for metric in metrics}
-    bold = {metric: best(results, metric) for metric in metrics}
+    usual = {metric: usual_n(results, metric) for metric in columns}
+    bold = {metric: best(results, metric) for metric in columns}
     lines: list[tuple[str, Sequence[str] | str]] = []
-    for method in [*methods(results), *controls(results, metrics)]:
+    for method in [*methods(results), *controls(results, columns)]:
         name = _escaped(title(results, method))
         name = f"*{name}* (control)" if is_control(method) else name
-        if (why := absence(results, method)) and not any((method, metric) in there for metric in metrics):
+        if (why := absence(results, method)) and not any((method, metric) in there for metric in columns):
             lines.append((name, why))
             continue
         cells = []
-        for metric in metrics:
+        for metric in columns:
             row = there.get((method, metric))
             cells.append(_cell(row, known[metric]["unit"], usual[metric], method in bold[metric]) if row else NONE)
         lines.append((name, cells))
-    return _padded(lines, ["method", *(_column(known[metric], usual[metric]) for metric in metrics)])
+    return _padded(lines, ["method", *(_column(known[metric], usual[metric]) for metric in columns)])
 
 
 def _column(metric: Mapping[str, Any], n: int | None) -> str:
@@ -109,7 +121,8 @@ def _column(metric: Mapping[str, Any], n: int | None) -> str:
 
 def _cell(row: Row, unit: str, usual: int | None, bold: bool) -> str:
     value, low, high = (written(row[name], unit, beside=row["value"]) for name in ("value", "low", "high"))
-    return f"{f'**{value}**' if bold else value} [{low}, {high}]" + ("" if row["n"] == usual else f" n = {row['n']}")
+    interval = "" if low == high == NONE else f" [{low}, {high}]"
+    return (f"**{value}**" if bold else value) + interval + ("" if row["n"] == usual else f" n = {row['n']}")
 
 
 def _padded(lines: Sequence[tuple[str, Sequence[str] | str]], head: Sequence[str]) -> str:
@@ -146,20 +159,43 @@ def _lists(results: Results) -> list[str]:
         f"{_escaped(title(results, failure['method']))}, {failure['count']} times: {_escaped(failure['reason'])}"
         for failure in results.get("failures", ())
     ]
-    left_out = [
-        f"{_escaped(title(results, name))}: {_escaped(why)}" for name, why in results.get("left_out", {}).items()
-    ]
+    of_methods, of_metrics = left_out(results)
+    gone = [f"{_escaped(title(results, name))}: {_escaped(why)}" for name, why in of_methods.items()]
+    gone += [f"metric {_code(name)}: {_escaped(why)}" for name, why in of_metrics.items()]
     problems = [_escaped(problem) for problem in results.get("problems", ())]
-    for heading, lines in (("Failures", failures), ("Left out", left_out), ("Problems", problems)):
+    for heading, lines in (("Failures", failures), ("Left out", gone), ("Problems", problems)):
         if lines:
             more = [f"and {len(lines) - _LISTED} more, see results.json"] if len(lines) > _LISTED else []
             blocks.append(f"## {heading}\n\n" + "\n".join(f"- {line}" for line in [*lines[:_LISTED], *more]))
     return blocks
 
 
+def _protocol(results: Results) -> list[str]:
+    """How each figure is taken and each method's map is made, and what else the figures depend on."""
+    protocol = results["protocol"]
+    terms = [(protocol["metrics"][name]["title"], protocol["metrics"][name]["text"]) for name in metrics(results)]
+    terms += [(method["title"], method["source"]) for method in protocol["methods"].values()]
+    batch_size, preprocessing = protocol.get("batch_size"), protocol.get("preprocessing")
+    rest = [
+        batch_size and f"batch size {_escaped(batch_size)}",
+        f"seed {_escaped(protocol['seed'])}",
+        grids(protocol) and f"grids {_escaped(grids(protocol))}",
+        distant(protocol) and f"left out {distant(protocol)}",
+        preprocessing and f"preprocessing {_code(json.dumps(preprocessing, ensure_ascii=False))}",
+        *(
+            f"{_escaped(key.removesuffix('_sha256'))} sha256 {_code(str(digest)[:12])}"
+            for key, digest in protocol.items()
+            if key.endswith("_sha256") and digest
+        ),
+    ]
+    line = "; ".join(filter(None, rest))
+    bullets = "\n".join(f"- **{_escaped(name)}**: {_escaped(text)}" for name, text in terms)
+    return ["## Protocol", *([bullets] if bullets else []), f"{line[0].upper()}{line[1:]}."]
+
+
 def _escaped(text: object) -> str:
     """Text that Markdown shows as it is; an underscore within a word needs nothing."""
-    return re.sub(r"([\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+    return re.sub(r"([\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(printable(text).split()))
 
 
 def _code(text: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from .. import methods, pictures
 from ..categories import classes_of
-from ..data import Dataset, Sample
+from ..data import Dataset, Sample, open_dataset
 from ..models import Network
 from ..report import one_line
-from . import records
+from . import gallery, records
 from .cascade import cascade
 from .gallery import Gallery
-from .given import folder_of, given_maps
+from .given import folder_of, given_maps, given_methods
 from .judge import PER_CASE, PER_PICTURE, Sight, Value, judge_case, judge_grid, judge_picture, other_class, seed_of
 from .protocol import is_asked
 from .subjects import Classifier, Subject, compose, picture_of, subject
@@ -35,13 +36,13 @@ class Job:
     """What is to be done; it goes to other processes, which load the network and open the dataset themselves."""
 
     load: Callable[[], Network]
-    open: Callable[[], Dataset]
+    data: str | Path | None
     methods: tuple[str, ...]
     metrics: tuple[str, ...]
     seed: int
     batch_size: int
     out: Path
-    maps: Path | None = None  # a folder of given maps, judged in place of a method's
+    maps: Path | None = None  # a folder of given maps, judged beside the methods
     left_out: tuple[tuple[str, str], ...] = ()  # methods that were not run, and why
 
 
@@ -83,7 +84,7 @@ class Worker:
     @cached_property
     def dataset(self) -> Dataset:
         """The dataset, opened when first asked for."""
-        return self.job.open()
+        return open_dataset(self.job.data)
 
     def do_pictures(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> None:
         """Judge every method on some pictures, all in one batch, and write the records that are not there yet."""
@@ -91,7 +92,7 @@ class Worker:
         if not looked or not is_asked(self.job.metrics, *PER_CASE, *PER_PICTURE):
             return
         todo = [m for m in self.job.methods if any((one.subject.unit, m) not in done for one in looked)]
-        after = self._after(looked, todo) if is_asked(self.job.metrics, "cascade") and self.job.maps is None else {}
+        after = self._after(looked, todo) if is_asked(self.job.metrics, "cascade") else {}
         for method in todo:
             found, drawn = [], self._maps(method, looked, self.model)
             for one, (maps, errors) in zip(looked, drawn, strict=True):
@@ -122,8 +123,19 @@ class Worker:
                 if not errors:
                     stacked = torch.stack([maps[target] for target in one.wanted])
                     values = judge_grid(stacked, one.wanted, one.subject.unit, method, self.job.metrics, self.job.seed)
+                    values = _finite(values, errors)
                 found.append(_record(one.subject.unit, one.subject.index, method, values, errors))
             records.append(self.journal, [record for record in found if records.key(record) not in done])
+
+    def draw_worst(self, found: Sequence[records.Record]) -> None:
+        """Draw what the page shows and is not there, as it was lost with a killed process or left to others."""
+        for index, lacking in gallery.lacking(self.job.out, self.job.methods, found):
+            for one in self._looked([index], frozenset([(self.dataset.samples[index].name, "")])):
+                picture = picture_of(one.subject.tensor, self.network.preprocessing)
+                for method in lacking:
+                    maps = self._maps(method, [one], self.model)[0][0] if method else {}
+                    if not method or one.wanted[0] in maps:
+                        self.gallery.draw(index, method, picture, maps.get(one.wanted[0]))
 
     def _looked(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> list[_Looked]:
         """Read pictures and run the network on them; write down what is to be said of each."""
@@ -145,12 +157,14 @@ class Worker:
                 notes.append(_note(sample.name, index, [_named(sample.name, error)]))
                 continue
             wanted = self._wanted(found, logits)
-            notes.append(
-                _note(
-                    sample.name, index, list(found.problems), cases=len(found.cases), judged=bool(wanted),
-                    shown=self._label(wanted[0]) if wanted else None, confidence=self._confidence(sample, logits),
-                )
-            )  # fmt: skip
+            said = {
+                "cases": len(found.cases),
+                "distant": found.distant,
+                "judged": bool(wanted),
+                "shown": self._label(wanted[0]) if wanted else None,
+                "confidence": self._confidence(sample, logits),
+            }
+            notes.append(_note(sample.name, index, list(found.problems), **said))
             if wanted:
                 looked.append(_Looked(found, logits, wanted))
         records.append(self.journal, [note for note in notes if records.key(note) not in done])
@@ -178,7 +192,7 @@ class Worker:
 
     def _maps(self, method: str, looked: Sequence[_Looked], model: torch.nn.Module) -> list[tuple[Maps, list[str]]]:
         """A method's maps of each picture by class, and what went wrong; a batch that fails is tried one by one."""
-        if self.job.maps is not None:
+        if self.job.maps is not None and method in self._given:
             folder = folder_of(self.job.maps, method)
             return [given_maps(folder, self._labels[one.subject.index], one.wanted) for one in looked]
         found: dict[int, tuple[Maps, list[str]]] = {}
@@ -233,7 +247,7 @@ class Worker:
                 values += judge_picture(maps, sight, job.metrics, job.seed)
             except ValueError as error:
                 errors.append(str(error))
-        return values
+        return _finite(values, errors)
 
     def tensor(self, picture: Image.Image) -> Tensor:
         """A picture as the network's input (3, H, W), on its device."""
@@ -283,6 +297,11 @@ class Worker:
                     self.gallery.draw(index, method, picture, map)
 
     @cached_property
+    def _given(self) -> tuple[str, ...]:
+        """Names of the methods whose maps are given."""
+        return () if self.job.maps is None else given_methods(self.job.maps)
+
+    @cached_property
     def _labels(self) -> list[str]:
         """What stands for each picture in the names of given maps, as `tsgb explain` names its own."""
         return pictures.labels([Path(sample.name) for sample in self.dataset.samples])
@@ -290,6 +309,13 @@ class Worker:
     def _label(self, target: int) -> str:
         names = self.network.names
         return f"{target} {names[target]}" if names else str(target)
+
+
+def _finite(values: list[Value], errors: list[str]) -> list[Value]:
+    """Values without those that are not finite, as of a map whose sum overflows; they are added to the errors."""
+    broken = {name for name, _, value in values if isinstance(value, float) and not math.isfinite(value)}
+    errors += [f"{name} is not finite: the map's values are too large" for name in sorted(broken)]
+    return [value for value in values if value[0] not in broken]
 
 
 def _record(unit: str, index: int, method: str, values: list[Value], errors: list[str]) -> records.Record:

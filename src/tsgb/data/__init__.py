@@ -6,6 +6,7 @@
 """
 
 from .dataset import Category, DataError, Dataset, Region, Sample
+from .fingerprint import fingerprint
 from .layouts import open_dataset
 
-__all__ = ["Category", "DataError", "Dataset", "Region", "Sample", "open_dataset"]
+__all__ = ["Category", "DataError", "Dataset", "Region", "Sample", "fingerprint", "open_dataset"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def center(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> 
 
     Example:
         >>> center(nn.Identity(), torch.zeros(1, 3, 1, 4), torch.zeros(1, 1))[0, 0]
-        tensor([[0.2500, 0.7500, 0.7500, 0.2500]])
+        tensor([[0.2724, 0.7575, 0.7575, 0.2724]])
     """
     sides = images.shape[2:]
     rows, columns = (torch.arange(n, dtype=torch.float32, device=images.device) - (n - 1) / 2 for n in sides)
@@ -33,19 +34,24 @@ def center(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> 
 
 
 def random(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
-    """Uniform noise of 0..1 from the seed, the same for all images and targets.
+    """Uniform noise of 0..1, another for each image, target and seed.
 
     Args:
-        model: not read. ``images``: (N, 3, H, W), for its shape. ``targets``: (N, K), for its shape. ``seed``: of the
-            noise.
+        model: not read. ``images``: (N, 3, H, W). ``targets``: (N, K) int64. ``seed``: of the noise.
 
     Returns:
         (N, K, H, W).
 
     Example:
-        >>> maps = random(nn.Identity(), torch.zeros(2, 3, 8, 8), torch.zeros(2, 1))
-        >>> torch.equal(maps[0], maps[1])
-        True
+        >>> images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+        >>> maps = random(nn.Identity(), images, torch.zeros(2, 1, dtype=torch.int64))
+        >>> torch.equal(maps[0], maps[1]), torch.equal(maps[1:], random(nn.Identity(), images[1:], torch.tensor([[0]])))
+        (False, True)
     """
-    noise = torch.rand(images.shape[2:], generator=torch.Generator().manual_seed(seed))
-    return noise.to(images.device).expand(*targets.shape, -1, -1)
+    maps = torch.empty(*targets.shape, *images.shape[2:])
+    for n, image in enumerate(images.cpu()):
+        known = zlib.crc32(image.contiguous().numpy().tobytes())
+        for k, target in enumerate(targets[n].tolist()):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{known}/{target}".encode()))
+            maps[n, k] = torch.rand(images.shape[2:], generator=generator)
+    return maps.to(images.device)

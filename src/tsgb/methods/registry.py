@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
     ),
     "rise": Method("RISE", "2000 masks, grid 7 x 7, p 0.5, softmax probability", perturbation.rise),
     "center": Method("Centre", "1 at the image's centre, falling evenly to 0 in the corners", controls.center),
-    "random": Method("Random", "uniform noise from the seed, the same for all images", controls.random),
+    "random": Method("Random", "uniform noise, another for each image, target and seed", controls.random),
 }
 
 

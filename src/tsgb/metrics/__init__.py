@@ -1,7 +1,9 @@
 """Maps in, figures out: how well a map shows where a class is, and what it means to the model.
 
 Each file holds functions that return one value a map; nothing is averaged before `intervals` or the classes in
-`modules`, which need torchmetrics and are loaded when one is asked for here by name.
+`modules`, which need torchmetrics and are loaded when one is asked for here by name: `AveragePrecision`, `BoxAccuracy`,
+`Cascade`, `Deletion`, `Energy`, `GridShare`, `Insertion`, `MaxBoxAccuracy`, `Pointing`, `RandomLogit`, `Ratio`,
+`Sensitivity`.
 
 - `order`: what depends on the order of the pixels alone, average precision and the pointing game.
 - `shares`: how much of the positive map lies inside a mask, the energy and grid pointing games.

@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import regions
 from .checks import check_maps
 
-__all__ = ["box_accuracy", "max_box_accuracy", "threshold_hits"]
+__all__ = ["THRESHOLDS", "box_accuracy", "max_box_accuracy", "threshold_hits"]
 
-_THRESHOLDS = 1001  # 0, 0.001 .. 1 of the map's maximum
+THRESHOLDS = 1001  # 0, 0.001 .. 1 of the map's maximum
 _OVERLAPS = (0.3, 0.5, 0.7)  # the IoUs of MaxBoxAccV2
 
 
@@ -82,7 +82,7 @@ def threshold_hits(map: Tensor, boxes: Tensor | npt.ArrayLike) -> Tensor:
     given = _boxes(boxes)
     born, died, sizes, firsts, found = _pieces(_levels(_array(map)))
     best = _overlap(found, given).max(1, initial=0)
-    hits = np.zeros((1 + len(_OVERLAPS), _THRESHOLDS), np.bool_)
+    hits = np.zeros((1 + len(_OVERLAPS), THRESHOLDS), np.bool_)
     # Pieces only grow as the threshold falls, so the largest so far is the largest there is; of several the first one.
     rank = np.maximum.accumulate(sizes * map.numel() - firsts)
     largest = np.flatnonzero(np.diff(rank, prepend=0))
@@ -143,7 +143,7 @@ def _pieces(levels: npt.NDArray[np.int16]) -> tuple[npt.NDArray[np.int64], ...]:
     rows, columns = np.divmod(above, width)
     size, box = np.ones(count, np.int64), np.stack([columns, rows, -columns - 1, -rows - 1], 1)  # all edges by minimum
     found, died, made = [np.zeros((0, 7), np.int64)], np.full(count, -1), 0
-    for t in range(_THRESHOLDS - 2, -1, -1):
+    for t in range(THRESHOLDS - 2, -1, -1):
         added = pixels_of[t + 1]
         if not len(added):
             continue
@@ -186,20 +186,20 @@ def _neighbours(levels: npt.NDArray[np.int16]) -> npt.NDArray[np.int64]:
 def _by_level(levels: npt.NDArray[np.int16]) -> list[npt.NDArray[np.int64]]:
     """Where each level is: the indices of 0, those of 1, ..."""
     order = np.argsort(levels, kind="stable")
-    bounds = np.searchsorted(levels[order], np.arange(_THRESHOLDS + 1))
+    bounds = np.searchsorted(levels[order], np.arange(THRESHOLDS + 1))
     return [order[start:end] for start, end in pairwise(bounds)]
 
 
 def _levels(map: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
     """How many of the thresholds each pixel exceeds: it is in the region of threshold t where this is above t."""
     evidence = np.maximum(map.astype(np.float64), 0)
-    thresholds = np.arange(_THRESHOLDS) / (_THRESHOLDS - 1) * evidence.max()
+    thresholds = np.arange(THRESHOLDS) / (THRESHOLDS - 1) * evidence.max()
     return np.searchsorted(thresholds, evidence, "left").astype(np.int16)
 
 
 def _fill(row: npt.NDArray[np.bool_], born: npt.NDArray[np.int64], died: npt.NDArray[np.int64]) -> None:
     """Set the thresholds from each ``born`` down to above its ``died``."""
-    steps = np.zeros(_THRESHOLDS + 1, np.int64)
+    steps = np.zeros(THRESHOLDS + 1, np.int64)
     np.add.at(steps, died + 1, 1)
     np.add.at(steps, born + 1, -1)
     row[:] = steps.cumsum()[:-1] > 0

@@ -1,4 +1,4 @@
-"""How sure a mean is: percentile bootstrap intervals that draw whole images, not cases.
+"""How sure a mean or a median is: percentile bootstrap intervals, those of means drawing whole images, not cases.
 
 The cases of one image (its classes, its boxes) are not independent; a resample takes or leaves them together. To
 compare two methods, take the interval of the differences of their values, case by case.
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["class_mean_interval", "mean_interval", "mean_over_classes"]
+__all__ = ["class_mean_interval", "mean_interval", "mean_over_classes", "median_interval"]
 
-_DRAWN_AT_ONCE = 2**22  # counts held in memory
+_DRAWN_AT_ONCE = 2**22  # counts, or values, held in memory
 
 
 def mean_over_classes(values: npt.NDArray[Any], classes: npt.NDArray[Any]) -> float:
@@ -101,8 +101,7 @@ def class_mean_interval(
         (0.5, 0.5)
     """
     values, classes, groups = _checked(values, classes, groups)
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples must be 1 or more and level between 0 and 1, got {resamples} and {level}")
+    _check_draws(resamples, level)
     kinds, of_class = np.unique(classes, return_inverse=True)
     images, of_image = np.unique(groups, return_inverse=True)
     # Cases of one class in one image are drawn together: their sum and number are all that is needed, class by class.
@@ -116,8 +115,65 @@ def class_mean_interval(
         totals = np.add.reduceat(drawn * sums, starts, axis=1)
         counts = np.add.reduceat(drawn * numbers, starts, axis=1)
         means.append((totals / np.maximum(counts, 1)).sum(1) / (counts > 0).sum(1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return _ends(means, level)
+
+
+def median_interval(
+    values: npt.NDArray[Any], seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the median of independent values, such as a measurement's rounds.
+
+    Each resample draws as many values as there are, with replacement, and takes their median, of an even number the
+    mean of the middle two. The ends, and the source, as in `mean_interval`.
+
+    Args:
+        values: (N,), finite, N of 2 or more, in any order.
+        seed: Seed of numpy's PCG64.
+        resamples: Number of resamples, 1 or more.
+        level: Share of the resamples' medians that the interval covers, above 0 and below 1.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ValueError: If ``values`` are not one (N,) with N of 2 or more, one is not finite, or ``resamples`` or
+            ``level`` out of range.
+
+    Example:
+        >>> median_interval(np.array([2.0, 1.0, 9.0]))  # 1 is the median of 7 in 27 draws of three, 9 too
+        (1.0, 9.0)
+        >>> median_interval(np.array([2.0, 1.0, 9.0]), level=0.4)
+        (2.0, 2.0)
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"values must be of shape (N,), got {values.shape}")
+    if len(values) < 2:
+        raise ValueError(f"values must be two or more, got {len(values)}: one value has no interval")
+    _check_finite(values)
+    _check_draws(resamples, level)
+    values = np.sort(values)  # so that their order does not matter
+    generator = np.random.Generator(np.random.PCG64(seed))
+    rows, medians = max(1, _DRAWN_AT_ONCE // len(values)), []
+    for start in range(0, resamples, rows):
+        drawn = generator.integers(len(values), size=(min(rows, resamples - start), len(values)))
+        medians.append(np.median(values[drawn], axis=1))
+    return _ends(medians, level)
+
+
+def _ends(drawn: list[npt.NDArray[np.float64]], level: float) -> tuple[float, float]:
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _check_draws(resamples: int, level: float) -> None:
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"resamples must be 1 or more and level between 0 and 1, got {resamples} and {level}")
+
+
+def _check_finite(values: npt.NDArray[np.float64]) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(f"values must be finite, got {values[~np.isfinite(values)][0]}; leave those cases out")
 
 
 def _checked(
@@ -131,6 +187,5 @@ def _checked(
             raise ValueError(
                 f"values and {name} must be of one shape (N,), N > 0, got {values.shape} and {given.shape}"
             )
-    if not np.isfinite(values).all():
-        raise ValueError(f"values must be finite, got {values[~np.isfinite(values)][0]}; leave those cases out")
+    _check_finite(values)
     return values, labels[0].astype(np.int64), labels[1].astype(np.int64)

@@ -33,6 +33,8 @@ __all__ = [
     "Sensitivity",
 ]
 
+_NUMBER = 8  # bytes of an image's number, before the hits of a row
+
 
 class AveragePrecision(Cases):
     """Mean average precision of the pixels as a detector of masks, boxes or grid cells: mask AP, box AP, grid AP.
@@ -175,15 +177,15 @@ class BoxAccuracy(Cases):
 class MaxBoxAccuracy(Cases):
     """MaxBoxAcc: box accuracy at the threshold that is best over one half of the cases, of the other half.
 
-    See `tsgb.metrics.boxes.threshold_hits`. The cases at even places (0, 2, ...) choose the threshold, those at odd
-    places are reported; places count process after process, so how cases are dealt out decides the halves.
+    See `tsgb.metrics.boxes.threshold_hits`. The cases of images of even number choose the threshold, the others are
+    reported: all cases of an image are on one side, and no matter which process sees them.
 
     Args:
         version: 1, the largest piece's box at IoU 0.5; or 2, any piece's box, mean over IoU 0.3, 0.5 and 0.7.
 
     Example:
         >>> metric, maps = MaxBoxAccuracy(version=1), torch.tensor([[[5.0, 3.0], [1.0, 0.0]]])
-        >>> metric.update(maps.expand(2, 2, 2), [[[0, 0, 1, 1]], [[0, 0, 1, 1]]])
+        >>> metric.update(maps.expand(2, 2, 2), [[[0, 0, 1, 1]], [[0, 0, 1, 1]]], images=[0, 1])
         >>> metric.compute()  # from a fifth of the maximum on the region is the upper row, of IoU 1 / 2
         {'accuracy': tensor(1., dtype=torch.float64), 'thresholds': tensor(0.2000, dtype=torch.float64)}
     """
@@ -194,21 +196,33 @@ class MaxBoxAccuracy(Cases):
         if version not in (1, 2):
             raise ValueError(f"version must be 1 or 2, got {version!r}")
         self._kept = slice(0, 1) if version == 1 else slice(1, 4)
-        self.width = 1001 * (self._kept.stop - self._kept.start)
+        self.width = _NUMBER + _boxes.THRESHOLDS * (self._kept.stop - self._kept.start)
         super().__init__(**kwargs)
 
-    def update(self, maps: Tensor, boxes: Sequence[Tensor | npt.ArrayLike]) -> None:
-        """Add cases: maps (N, H, W) floating; of each its (n, 4) boxes, edges x0, y0, x1, y1 in the map's pixels."""
-        for map, given in _each(maps, boxes):
-            self.keep(_boxes.threshold_hits(map, given)[self._kept].reshape(1, -1))
+    def update(self, maps: Tensor, boxes: Sequence[Tensor | npt.ArrayLike], images: Tensor | Sequence[int]) -> None:
+        """Add cases: maps and boxes as for `BoxAccuracy`; images (N,) integer, the number of each case's image."""
+        numbers = torch.as_tensor(images).cpu()
+        whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)
+        if numbers.shape != (len(maps),) or (len(maps) and not whole):
+            raise ValueError(f"images must be integers ({len(maps)},), got {numbers.dtype} {tuple(numbers.shape)}")
+        for (map, given), number in zip(_each(maps, boxes), numbers.long().reshape(-1, 1), strict=True):
+            hits = _boxes.threshold_hits(map, given)[self._kept].byte()
+            self.keep(torch.cat([number.view(torch.uint8), hits.reshape(-1)])[None])
 
     def compute(self) -> dict[str, Tensor]:
-        """Return "accuracy", and the "thresholds" chosen as shares of a map's maximum, (3,) for version 2."""
-        hits = self.table().bool().cpu().reshape(-1, self.width // 1001, 1001)
-        tune = torch.arange(len(hits)) % 2 == 0
+        """Return "accuracy", and the "thresholds" chosen as shares of a map's maximum, (3,) for version 2.
+
+        Raises:
+            ValueError: If the images' numbers are all even or all odd.
+        """
+        table = self.table().cpu()
+        tune = table[:, :_NUMBER].contiguous().view(torch.int64)[:, 0] % 2 == 0
+        if tune.all() or not tune.any():
+            raise ValueError(f"images must be of even and of odd number, got {int(tune.sum())} even of {len(tune)}")
+        hits = table[:, _NUMBER:].bool().reshape(len(table), -1, _boxes.THRESHOLDS)
         best = [_boxes.max_box_accuracy(hits[:, row], tune) for row in range(hits.shape[1])]
         accuracies, indices = (torch.tensor(column, dtype=torch.float64) for column in zip(*best, strict=True))
-        return {"accuracy": accuracies.mean(), "thresholds": indices / 1000}
+        return {"accuracy": accuracies.mean(), "thresholds": indices / (_boxes.THRESHOLDS - 1)}
 
 
 class _Perturbed(Cases):

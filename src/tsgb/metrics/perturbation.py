@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -30,11 +29,11 @@ def deletion_scores(
 
     ::
 
-        score_s = softmax(model(image with its first min(s * k, H * W) pixels at 0))[target],  k = ceil(H * W / steps)
+        score_s = softmax(model(image with its first floor(s * H * W / steps) pixels at 0))[target],  s = 0 .. steps
 
-    0 is that of the normalised image, its mean colour. Where ``steps`` does not divide H * W, the last steps are
-    shorter or change nothing; every pixel has been changed at the end. Source: V. Petsiuk, A. Das, K. Saenko, "RISE:
-    Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018.
+    0 is that of the normalised image, its mean colour. At 224 x 224 a step is 224 pixels, as in the source; elsewhere
+    steps are as even as can be, so that none changes nothing while pixels are left. Source: V. Petsiuk, A. Das, K.
+    Saenko, "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018.
 
     Args:
         model: Network in eval mode, from (n, C, H, W) to logits (n, classes).
@@ -123,7 +122,7 @@ def _scores(
     steps: int,
 ) -> Tensor:
     """Scores (N, steps + 1) while the pixels go from ``before`` to ``after`` in the order of their ranks."""
-    stride = math.ceil(ranks[0].numel() / steps) if len(ranks) else 1
+    pixels = ranks.shape[1] * ranks.shape[2]
     targets = targets.to(before.device, torch.int64)
     scores: list[Tensor] = []
     total = len(before) * (steps + 1)
@@ -132,7 +131,7 @@ def _scores(
         for start in range(0, total, batch_size):
             places = torch.arange(start, min(start + batch_size, total), device=before.device)
             image, step = places // (steps + 1), places % (steps + 1)
-            changed = ranks[image] < (step * stride)[:, None, None]
+            changed = ranks[image] < (step * pixels // steps)[:, None, None]
             batch = torch.where(changed[:, None], after[image], before[image])
             logits = model(batch)
             if logits.dim() != 2 or len(logits) != len(batch):
