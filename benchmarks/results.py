@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tsgb.bench.protocol import FIGURES
+from tsgb.methods import METHODS
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 _CLEAR = "pointing,energy,box_ap,box_accuracy,max_box_accuracy"
@@ -75,6 +78,14 @@ def main() -> None:
             raise SystemExit(f"{name} did not end: {shlex.join(command)}")
         table = made.read_text().partition("## Protocol")[0]
         PAGE.write_text(filled(PAGE.read_text(), name, f"    tsgb bench {RUNS[name]}\n\n{table}"))
+    PAGE.write_text(filled(PAGE.read_text(), "protocol", protocol()))
+
+
+def protocol() -> str:
+    """Every figure and method with all parameters, as the results of each run have them too."""
+    figures = [f"- **{figure.title}**: {figure.text}." for figure in FIGURES.values()]
+    rivals = [f"- **{method.title}** (`{name}`): {method.source}." for name, method in METHODS.items()]
+    return "\n".join(["### Figures", "", *figures, "", "### Methods", "", *rivals])
 
 
 def filled(page: str, name: str, text: str) -> str:

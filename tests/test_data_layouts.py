@@ -5,11 +5,15 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tsgb import networks, pictures, scenes
+from tsgb.bench.subjects import subject
 from tsgb.data import Category, DataError, open_dataset
-from tsgb.data.files import inside
+from tsgb.data.files import inside, read_xml
+from tsgb.models import Network
+from tsgb.preprocessing import Preprocessing
 
 BOMB = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'
 
@@ -131,7 +135,7 @@ def test_voc_lists_what_is_broken_and_goes_on(voc):
     xml(
         voc / "Annotations" / "a.xml",
         item("dog", 1, 1, "6.0", 5),
-        item("unicorn", 1, 1, 2, 2),
+        item("", 1, 1, 2, 2),
         item("dog", 1, 1, 2),
         item("dog", 1, 1, 2, "two"),
         item("dog", 1, 1, 2, "nan"),
@@ -144,7 +148,7 @@ def test_voc_lists_what_is_broken_and_goes_on(voc):
     data = open_dataset(voc)
     assert data.samples[0].regions()[0].boxes.tolist() == [[0, 0, 6, 5]]
     assert [problem.split(":")[0] for problem in data.problems] == ["a.xml"] * 8 + ["JPEGImages"]
-    assert "unknown class 'unicorn'" in data.problems[0]
+    assert "unknown class ''" in data.problems[0]
     assert all("expected a bndbox with the numbers" in data.problems[place] for place in (1, 2, 3, 4, 6))
     assert "nothing of the box" in data.problems[5]
     assert "no picture for 'gone'" in data.problems[-1]
@@ -177,8 +181,102 @@ def test_voc_xml_that_is_broken_or_dangerous_is_named_and_has_no_regions(voc, da
     told = problem_of(opened.samples[0].regions)
     assert told.startswith(str(voc / "Annotations" / "a.xml"))
     assert why in told
-    assert opened.problems == (told,)
+    assert opened.problems == ()  # told by the picture, once
     assert opened.samples[1].categories == (18,)
+
+
+def test_voc_xml_that_is_broken_and_belongs_to_no_sample_is_listed(voc):
+    xml(voc / "Annotations" / "a.xml", item("dog", 1, 1, 2, 2))
+    (voc / "Annotations" / "b.xml").write_text("no XML")
+    (voc / "Annotations" / "gone.xml").write_text(BOMB)
+    (voc / "Annotations" / "._a.xml").write_bytes(b"a Mac's")
+    (voc / "Annotations" / "notes.txt").write_bytes(b"no annotation")
+    missing, bomb = open_dataset(voc).problems
+    assert missing == "JPEGImages: no picture for 'gone'"
+    assert bomb.startswith(str(voc / "Annotations" / "gone.xml"))
+    lists = voc / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("a")
+    unlisted, bomb_again = open_dataset(voc).problems
+    assert unlisted.startswith(str(voc / "Annotations" / "b.xml"))
+    assert bomb_again == bomb
+
+
+def test_voc_of_own_names_numbers_them_from_1_as_text_and_has_no_masks(voc):
+    xml(voc / "Annotations" / "a.xml", item(" red\n flower ", 1, 1, 6, 5), item("dog", 2, 3, 4, 4))
+    xml(voc / "Annotations" / "b.xml", item("9", 1, 1, 2, 2, difficult=1), item("10", 1, 1, 2, 2), item("", 1, 1, 2, 2))
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    (voc / "ImageSets" / "Main" / "val.txt").write_text("b\na")
+    xml(voc / "Annotations" / "unlisted.xml", item("Ant", 1, 1, 2, 2))
+    paint(voc, "a", np.full((5, 6), 4))
+    data = open_dataset(voc)
+    assert {index: category.name for index, category in data.categories.items()} == {
+        1: "10",
+        2: "9",
+        3: "Ant",
+        4: "dog",
+        5: "red flower",
+    }
+    assert [sample.categories for sample in data.samples] == [(1,), (4, 5)]
+    dog, flower = data.samples[1].regions()
+    assert (dog.boxes.tolist(), dog.mask) == ([[1, 2, 4, 4]], None)
+    assert (flower.boxes.tolist(), flower.mask) == ([[0, 0, 6, 5]], None)
+    assert data.problems == ("b.xml: object[2]: unknown class ''",)
+
+
+def test_voc_of_one_name_that_it_has_keeps_its_numbers(voc):
+    (voc / "Annotations" / "b.xml").unlink()
+    xml(voc / "Annotations" / "a.xml", item("tvmonitor", 1, 1, 6, 5))
+    data = open_dataset(voc)
+    assert [sample.categories for sample in data.samples] == [(20,), (), ()]
+    assert len(data.categories) == 20
+
+
+def test_voc_reads_each_annotation_once(voc, monkeypatch):
+    read = []
+    monkeypatch.setattr("tsgb.data.objects.read_xml", lambda file: read.append(file.name) or read_xml(file))
+    for sample in open_dataset(voc).samples:
+        sample.regions()
+    assert read == ["a.xml", "b.xml"]
+
+
+@pytest.mark.parametrize(
+    ("items", "why"),
+    [
+        ([item("dog", 1, 1, 2, 2, difficult=1)] * 2, "2 marked as difficult"),
+        ([item("", 1, 1, 2, 2)], "object[0]: unknown class ''"),
+        (
+            [item("dog", 1, 1, 2, 2, difficult=1), item("dog", 9, 9, 9, 9), item("dog"), item("dog")],
+            "1 marked as difficult, object[1]: nothing of the box [8.0, 8.0, 9.0, 9.0] lies in the picture, "
+            "2 more faults",
+        ),
+    ],
+    ids=["difficult", "unknown", "both"],
+)
+def test_voc_pictures_of_which_no_object_is_left_say_why(voc, items, why):
+    xml(voc / "Annotations" / "a.xml", *items)
+    data = open_dataset(voc)
+    assert (data.samples[0].categories, data.problems) == ((), ())
+    assert problem_of(data.samples[0].regions) == f"{voc / 'Annotations' / 'a.xml'}: no object can be used: {why}"
+
+
+def test_the_bench_tells_what_is_broken_in_a_picture_once_and_no_annotation_only_where_none_is(voc):
+    (voc / "Annotations" / "a.xml").write_text("no XML")
+    xml(voc / "Annotations" / "b.xml", item("dog", 1, 1, 2, 2, difficult=1))
+    picture(voc / "JPEGImages" / "d.jpg")
+    xml(voc / "Annotations" / "d.xml")
+    data, preprocessing = open_dataset(voc), Preprocessing(size=(4, 4))
+    network = Network(torch.nn.Identity(), preprocessing, None, "spec", "weights", "0")
+    told = list(data.problems)
+    for index, sample in enumerate(data.samples):
+        image = sample.read()
+        found = subject(sample, index, image, preprocessing.tensor(image), torch.zeros(3), data, network)
+        assert found.cases == ()
+        told.extend(found.problems)
+    broken, difficult, *bare = told
+    assert broken.startswith(f"{voc / 'Annotations' / 'a.xml'}: not an XML annotation")
+    assert difficult == f"{voc / 'Annotations' / 'b.xml'}: no object can be used: 1 marked as difficult"
+    assert bare == ["c.jpg: no annotation", "d.jpg: no annotation"]
 
 
 @pytest.fixture(params=["ilsvrc", "beside", "subfolders"])
@@ -228,7 +326,6 @@ def test_imagenet_lists_what_has_no_partner_or_is_broken(tmp_path):
     assert "document type" in problem_of(data.samples[1].regions)
     assert sorted(problem.split(": ")[-1] for problem in data.problems) == [
         "another file has this stem already",
-        "it has a document type, which annotations have not",
         "no picture for it",
     ]
 
@@ -236,7 +333,9 @@ def test_imagenet_lists_what_has_no_partner_or_is_broken(tmp_path):
 def test_xml_files_without_a_class_of_imagenet_are_no_data_set(tmp_path):
     picture(tmp_path / "1.jpg")
     xml(tmp_path / "1.xml", item("dog", 0, 0, 2, 2))
-    assert "no XML file names a class of ImageNet" in problem_of(lambda: open_dataset(tmp_path))
+    told = problem_of(lambda: open_dataset(tmp_path))
+    assert "no XML file names a class of ImageNet" in told
+    assert "1.xml: no object can be used: object[0]: unknown class 'dog'" in told
 
 
 def test_labels_give_each_picture_its_class(tmp_path):
@@ -284,6 +383,13 @@ def test_folders_are_classes_by_name(tmp_path):
     assert data.problems == (f"{tmp_path / 'moth'}: holds no picture files",)
     assert data.samples[2].regions()[0].boxes.shape == (0, 4)
     assert data.samples[2].read().size == (6, 5)
+
+
+def test_folders_are_sorted_as_text(tmp_path):
+    for name in ("2", "10", "b", "B"):
+        picture(tmp_path / name / "1.png")
+    categories = open_dataset(tmp_path).categories
+    assert [categories[index].name for index in range(4)] == ["10", "2", "B", "b"]
 
 
 def test_folders_of_wnids_have_the_numbers_of_imagenet(tmp_path):

@@ -117,7 +117,7 @@ def _of_picture(
         "deletion": perturbation.deletion_scores,
     }
     for name, function in scores.items():
-        if name in metrics:
+        if is_asked(metrics, *scores):
             yield name, perturbation.area(function(sight.model, images, map, targets, seed=seed))
     if "sensitivity" in metrics and sight.second in maps:
         yield "sensitivity", similarity.correlation(map, maps[sight.second][None])

@@ -162,8 +162,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "grid": ("grid", "grid_3x3"),
     "box_accuracy": ("box_accuracy",),
     "max_box_accuracy": ("max_box_accuracy", "max_box_accuracy_v2"),
-    "insertion": ("insertion",),
-    "deletion": ("deletion",),
+    "insertion": ("insertion", "deletion"),  # always both: a map of single pixels wins the one and loses the other
+    "deletion": ("insertion", "deletion"),
     "cascade": ("cascade", "cascade_signed", "cascade_ssim", "cascade_last"),
     "random_logit": ("random_logit",),
     "sensitivity": ("sensitivity",),

@@ -98,12 +98,16 @@ def subject(
         picture: its picture. ``tensor``: (3, H, W), the network's input. ``logits``: (classes,).
 
     Raises:
-        ValueError: the annotation cannot be read.
+        ValueError: the regions of the annotated classes cannot be read.
     """
     order = logits.argsort(descending=True, stable=True).tolist()
     cases, problems, distant = [], [], 0
     if not sample.categories:
-        problems.append(f"{sample.name}: no annotation")
+        try:
+            sample.regions()
+            problems.append(f"{sample.name}: no annotation")
+        except ValueError as error:  # the picture is judged all the same by what needs no annotation
+            problems.append(str(error))
     elif sample.size is not None and sample.size != picture.size:
         problems.append(f"{sample.name}: annotated as {_times(sample.size)}, but the picture is {_times(picture.size)}")
     else:

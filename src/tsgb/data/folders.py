@@ -13,8 +13,9 @@ __all__ = ["class_folders", "open_folders"]
 def open_folders(folder: Path) -> Dataset:
     """Open a folder whose subfolders hold the pictures of one class each.
 
-    The classes are the subfolders' names in sorted order, from 0 on; where every name is a wnid of ImageNet's 1000
-    classes, they have ImageNet's numbers. Hidden subfolders are passed over, as are pictures further below. The
+    The classes are numbered from 0 on in the sorted order of the subfolders' names as text, as torchvision's
+    ImageFolder has it: "10" comes before "2". Where every name is a wnid of ImageNet's 1000 classes, they have
+    ImageNet's numbers. Hidden subfolders are passed over, as are pictures further below. The
     samples are ordered by class and name and have no boxes.
 
     Args:

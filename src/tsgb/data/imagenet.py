@@ -1,12 +1,12 @@
 """Layout "imagenet": pictures with XML files that name objects by WordNet id, as in ILSVRC's localisation task."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from .. import pictures
 from .dataset import Category, DataError, Dataset, Sample, shown, without_boxes
-from .objects import box_regions, broken, read_annotation
+from .objects import box_regions, boxes_by_class, broken, read_annotation
 from .wnids import imagenet_wnids
 
 __all__ = ["annotation_files", "open_imagenet"]
@@ -20,7 +20,9 @@ def open_imagenet(folder: Path) -> Dataset:
     The XML files lie in Annotations/CLS-LOC/val/, else anywhere below Annotations/, else in the folder or its
     subfolders; the pictures in Data/CLS-LOC/val/, else anywhere below the folder. They belong together by their stem.
     Samples are ordered by path; the categories are ImageNet's 0..999. The edges of a box are xmin and xmax as they
-    stand, clipped to the picture. Every annotation is read when the data set is opened: 50 000 take some seconds.
+    stand, clipped to the picture. Every annotation is read when the data set is opened: 50 000 take some seconds. Where
+    one is broken, or has objects of which none can be used, the sample has no categories and its `regions` raise
+    ValueError with the reason.
 
     Args:
         folder: The folder; ILSVRC's is the one that holds Annotations/ and Data/.
@@ -50,7 +52,8 @@ def open_imagenet(folder: Path) -> Dataset:
         samples.append(_sample(photograph.relative_to(root).as_posix(), photograph, by_stem, problems))
     problems.extend(f"{file.name}: no picture for it" for file in by_stem.values())
     if not any(sample.categories for sample in samples):
-        told = f" ({problems[0]})" if problems else ""
+        reasons = [*_faults(samples), *problems]
+        told = f" ({reasons[0]})" if reasons else ""
         raise DataError(f"{folder}: no XML file names a class of ImageNet by its wnid, such as n01440764{told}")
     categories = {index: Category(wnid, wnid) for wnid, index in imagenet_wnids().items()}
     return Dataset(folder.resolve().name, "imagenet", categories, tuple(samples), tuple(problems))
@@ -78,9 +81,17 @@ def _sample(name: str, photograph: Path, files: dict[str, Path], problems: list[
     if file is None:
         return Sample(name, (), read, partial(without_boxes, ()))
     try:
-        found = read_annotation(file, imagenet_wnids(), first=0)
+        annotation = read_annotation(file, first=0)
+        boxes, passed_over = boxes_by_class(annotation, imagenet_wnids())
     except ValueError as error:
-        problems.append(str(error))
         return Sample(name, (), read, partial(broken, str(error)))
-    problems.extend(found.problems)
-    return Sample(name, tuple(found.boxes), read, partial(box_regions, found.boxes, found.size), found.size)
+    problems.extend(passed_over)
+    return Sample(name, tuple(boxes), read, partial(box_regions, boxes, annotation.size), annotation.size)
+
+
+def _faults(samples: Iterable[Sample]) -> Iterator[str]:
+    for sample in samples:
+        try:
+            sample.regions()
+        except ValueError as error:
+            yield str(error)

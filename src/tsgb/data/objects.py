@@ -9,53 +9,85 @@ from .. import pictures
 from .dataset import Region, box_array, is_number, shown
 from .files import read_xml
 
-__all__ = ["Annotation", "box_regions", "broken", "read_annotation"]
+__all__ = ["Annotation", "Item", "box_regions", "boxes_by_class", "broken", "read_annotation"]
 
 Size = tuple[int, int] | None
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
+class Item:
+    """One object of a picture; its box is None where it is none."""
+
+    name: str
+    box: Box | None
+    is_difficult: bool
+
+
+@dataclass(frozen=True)
 class Annotation:
-    """What an XML file says of its picture: the size, the boxes by class, and what had to be passed over."""
+    """What an XML file says of its picture: the size, and the objects in their order."""
 
+    file: Path
     size: Size
-    boxes: dict[int, list[Box]]
-    problems: tuple[str, ...]
+    items: tuple[Item, ...]
 
 
-def read_annotation(file: Path, classes: Mapping[str, int], first: int) -> Annotation:
+def read_annotation(file: Path, first: int) -> Annotation:
     """Read the objects that an XML file names, each with its box.
-
-    Objects that are marked as difficult are left out; those of an unknown name, or with a box that is broken or lies
-    outside of the picture, become problems.
 
     Args:
         file: The XML file.
-        classes: Number of each class by its name.
         first: Number of the first pixel: 1 for Pascal VOC, so that the left edge is xmin - 1; 0 where xmin is the edge.
 
     Raises:
         ValueError: If the file is no XML annotation; one line that names it.
     """
     root = read_xml(file)
-    size = _size(root)
+    items = []
+    for item in root.findall("object"):
+        name = " ".join((item.findtext("name") or "").split())
+        items.append(Item(name, _box(item, first), (item.findtext("difficult") or "").strip() == "1"))
+    return Annotation(file, _size(root), tuple(items))
+
+
+def boxes_by_class(annotation: Annotation, classes: Mapping[str, int]) -> tuple[dict[int, list[Box]], list[str]]:
+    """Sort the boxes of an annotation by class.
+
+    Objects that are marked as difficult are left out; those of an unknown name, or with a box that is broken or lies
+    outside of the picture, become problems.
+
+    Args:
+        annotation: What was read.
+        classes: Number of each class by its name.
+
+    Returns:
+        The boxes by number, ascending, and the problems, one line each.
+
+    Raises:
+        ValueError: If there are objects, but none is left; one line that names the file and says why.
+
+    Example:
+        >>> cat = Item("cat", (0, 0, 9, 2), is_difficult=False)
+        >>> boxes_by_class(Annotation(Path("a.xml"), None, (cat, Item("yeti", None, False))), {"cat": 8})
+        ({8: [(0, 0, 9, 2)]}, ["a.xml: object[1]: unknown class 'yeti'"])
+    """
     boxes: dict[int, list[Box]] = {}
-    problems = []
-    for place, item in enumerate(root.findall("object")):
-        where, name = f"{file.name}: object[{place}]", (item.findtext("name") or "").strip()
-        box = _box(item, first)
-        if (item.findtext("difficult") or "").strip() == "1":
+    faults = []
+    for place, item in enumerate(annotation.items):
+        if item.is_difficult:
             continue
-        if name not in classes:
-            problems.append(f"{where}: unknown class {shown(name)}")
-        elif box is None:
-            problems.append(f"{where}: expected a bndbox with the numbers xmin, ymin, xmax and ymax")
-        elif len(box_array([box], size)) == 0:
-            problems.append(f"{where}: nothing of the box {shown(list(box))} lies in the picture")
+        if item.name not in classes:
+            faults.append(f"object[{place}]: unknown class {shown(item.name)}")
+        elif item.box is None:
+            faults.append(f"object[{place}]: expected a bndbox with the numbers xmin, ymin, xmax and ymax")
+        elif len(box_array([item.box], annotation.size)) == 0:
+            faults.append(f"object[{place}]: nothing of the box {shown(list(item.box))} lies in the picture")
         else:
-            boxes.setdefault(classes[name], []).append(box)
-    return Annotation(size, {category: boxes[category] for category in sorted(boxes)}, tuple(problems))
+            boxes.setdefault(classes[item.name], []).append(item.box)
+    if annotation.items and not boxes:
+        raise ValueError(f"{annotation.file}: no object can be used: {_told(annotation, faults)}")
+    return {category: boxes[category] for category in sorted(boxes)}, [f"{annotation.file.name}: {f}" for f in faults]
 
 
 def box_regions(boxes: Mapping[int, list[Box]], size: Size) -> tuple[Region, ...]:
@@ -78,6 +110,12 @@ def broken(problem: str) -> tuple[Region, ...]:
         ValueError: cat.xml: not an XML annotation
     """
     raise ValueError(problem)
+
+
+def _told(annotation: Annotation, faults: list[str]) -> str:
+    difficult, more = sum(item.is_difficult for item in annotation.items), len(faults) - 1
+    told = [f"{difficult} marked as difficult"] if difficult else []
+    return ", ".join([*told, *faults[:1], *([f"{more} more faults"] if more > 0 else [])])
 
 
 def _number(text: str | None) -> float | None:

@@ -1,6 +1,6 @@
 """Layout "voc": the folders of Pascal VOC."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from .. import pictures
 from .dataset import Category, DataError, Dataset, Region, Sample, box_array, shown, without_boxes
-from .objects import Box, Size, broken, read_annotation
+from .objects import Annotation, Box, Size, boxes_by_class, broken, read_annotation
 
 __all__ = ["VOC_CLASSES", "open_voc"]
 
@@ -45,10 +45,18 @@ def open_voc(folder: Path) -> Dataset:
     """Open a folder with Annotations/*.xml and JPEGImages/ in the layout of Pascal VOC.
 
     The samples are those of the first of val, test, trainval and train that has a list in ImageSets/Main/, in its
-    order; without any list, all of JPEGImages/ by name. The categories are the 20 classes, 1..20. A box is made of the
-    pixels from xmin to xmax, both of them inside and the first one being 1: its edges are xmin - 1 and xmax. Objects
-    marked as difficult are left out. Where SegmentationClass/ has a file, a class's mask are the pixels of its number
-    in it (255, the void along the outlines, is in no mask); difficult objects have their pixels there all the same.
+    order; without any list, all of JPEGImages/ by name. A box is made of the pixels from xmin to xmax, both of them
+    inside and the first one being 1: its edges are xmin - 1 and xmax. Objects marked as difficult are left out.
+
+    The categories are the 20 classes, 1..20, if all objects in Annotations/ have their names. Otherwise they are the
+    names of all objects there, listed or not, difficult or not, sorted as text and numbered from 1.
+
+    With the 20 classes, and where SegmentationClass/ has a file, a class's mask are the pixels of its number in it
+    (255, the void along the outlines, is in no mask); difficult objects have their pixels there all the same. With
+    other names there are no masks, as nothing says which number is whose.
+
+    Every annotation is read once, when the data set is opened: 20 000 take some seconds. Where one is broken, or has
+    objects of which none can be used, the sample has no categories and its `regions` raise ValueError with the reason.
 
     Args:
         folder: The folder of one year, as VOC2012/.
@@ -64,22 +72,42 @@ def open_voc(folder: Path) -> Dataset:
         ...     open_voc(Path(folder)).categories[8].name
         'cat'
     """
-    files = {path.stem: path for path in sorted((folder / "Annotations").glob("*.xml"))}
-    photographs = {path.stem: path for path in _photographs(folder / "JPEGImages")}
+    photographs = {path.stem: path for path in _visible(folder / "JPEGImages") if path.suffix in _SUFFIXES}
     listed = _listed(folder / "ImageSets" / "Main")
+    annotations: dict[str, Annotation] = {}
+    faults: dict[str, str] = {}
+    for file in _visible(folder / "Annotations"):
+        if file.suffix == ".xml":
+            try:
+                annotations[file.stem] = read_annotation(file, first=1)
+            except ValueError as error:
+                faults[file.stem] = str(error)
+    classes = _classes(annotations.values())
     samples: list[Sample] = []
     problems: list[str] = []
-    for stem in dict.fromkeys(sorted(photographs.keys() | files.keys()) if listed is None else listed):
+    everything = sorted(photographs.keys() | annotations.keys() | faults.keys())
+    for stem in dict.fromkeys(everything if listed is None else listed):
         if stem not in photographs:
             problems.append(f"JPEGImages: no picture for {shown(stem)}")
+        elif stem in faults:
+            photograph = photographs[stem]
+            read, regions = partial(pictures.read, photograph), partial(broken, faults.pop(stem))
+            samples.append(Sample(photograph.name, (), read, regions))
         else:
-            samples.append(_sample(folder, photographs[stem], files.get(stem), problems))
-    categories = {index: Category(name) for name, index in VOC_CLASSES.items()}
+            samples.append(_sample(folder, photographs[stem], annotations.get(stem), classes, problems))
+    problems.extend(faults.values())
+    categories = {index: Category(name) for name, index in classes.items()}
     return Dataset(folder.resolve().name, "voc", categories, tuple(samples), tuple(problems))
 
 
-def _photographs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith("."))
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _classes(annotations: Iterable[Annotation]) -> Mapping[str, int]:
+    names = {item.name for annotation in annotations for item in annotation.items} - {""}
+    own = {name: index for index, name in enumerate(sorted(names), start=1)}
+    return VOC_CLASSES if names <= VOC_CLASSES.keys() else own
 
 
 def _listed(folder: Path) -> list[str] | None:
@@ -92,19 +120,21 @@ def _listed(folder: Path) -> list[str] | None:
         raise DataError(f"{file}: cannot be read as a list of pictures: {error}") from error
 
 
-def _sample(folder: Path, photograph: Path, file: Path | None, problems: list[str]) -> Sample:
+def _sample(
+    folder: Path, photograph: Path, annotation: Annotation | None, classes: Mapping[str, int], problems: list[str]
+) -> Sample:
     read = partial(pictures.read, photograph)
-    if file is None:
+    if annotation is None:
         return Sample(photograph.name, (), read, partial(without_boxes, ()))
     try:
-        found = read_annotation(file, VOC_CLASSES, first=1)
+        boxes, passed_over = boxes_by_class(annotation, classes)
     except ValueError as error:
-        problems.append(str(error))
-        return Sample(photograph.name, (), read, partial(broken, str(error)))
-    problems.extend(found.problems)
+        return Sample(photograph.name, (), read, partial(broken, str(error)), annotation.size)
+    problems.extend(passed_over)
     painted = folder / "SegmentationClass" / f"{photograph.stem}.png"
-    regions = partial(_regions, found.boxes, found.size, painted if painted.is_file() else None)
-    return Sample(photograph.name, tuple(found.boxes), read, regions, found.size)
+    has_masks = classes is VOC_CLASSES and painted.is_file()
+    regions = partial(_regions, boxes, annotation.size, painted if has_masks else None)
+    return Sample(photograph.name, tuple(boxes), read, regions, annotation.size)
 
 
 def _regions(boxes: Mapping[int, list[Box]], size: Size, painted: Path | None) -> tuple[Region, ...]:
