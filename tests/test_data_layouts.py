@@ -202,7 +202,7 @@ def test_voc_xml_that_is_broken_and_belongs_to_no_sample_is_listed(voc):
     assert bomb_again == bomb
 
 
-def test_voc_of_own_names_numbers_them_from_1_as_text_and_has_no_masks(voc):
+def test_voc_of_own_names_numbers_them_from_0_as_text_and_has_no_masks(voc):
     xml(voc / "Annotations" / "a.xml", item(" red\n flower ", 1, 1, 6, 5), item("dog", 2, 3, 4, 4))
     xml(voc / "Annotations" / "b.xml", item("9", 1, 1, 2, 2, difficult=1), item("10", 1, 1, 2, 2), item("", 1, 1, 2, 2))
     (voc / "ImageSets" / "Main").mkdir(parents=True)
@@ -211,13 +211,13 @@ def test_voc_of_own_names_numbers_them_from_1_as_text_and_has_no_masks(voc):
     paint(voc, "a", np.full((5, 6), 4))
     data = open_dataset(voc)
     assert {index: category.name for index, category in data.categories.items()} == {
-        1: "10",
-        2: "9",
-        3: "Ant",
-        4: "dog",
-        5: "red flower",
+        0: "10",
+        1: "9",
+        2: "Ant",
+        3: "dog",
+        4: "red flower",
     }
-    assert [sample.categories for sample in data.samples] == [(1,), (4, 5)]
+    assert [sample.categories for sample in data.samples] == [(0,), (3, 4)]
     dog, flower = data.samples[1].regions()
     assert (dog.boxes.tolist(), dog.mask) == ([[1, 2, 4, 4]], None)
     assert (flower.boxes.tolist(), flower.mask) == ([[0, 0, 6, 5]], None)

@@ -49,7 +49,7 @@ def open_voc(folder: Path) -> Dataset:
     inside and the first one being 1: its edges are xmin - 1 and xmax. Objects marked as difficult are left out.
 
     The categories are the 20 classes, 1..20, if all objects in Annotations/ have their names. Otherwise they are the
-    names of all objects there, listed or not, difficult or not, sorted as text and numbered from 1.
+    names of all objects there, listed or not, difficult or not, sorted as text and numbered from 0.
 
     With the 20 classes, and where SegmentationClass/ has a file, a class's mask are the pixels of its number in it
     (255, the void along the outlines, is in no mask); difficult objects have their pixels there all the same. With
@@ -106,7 +106,7 @@ def _visible(folder: Path) -> list[Path]:
 
 def _classes(annotations: Iterable[Annotation]) -> Mapping[str, int]:
     names = {item.name for annotation in annotations for item in annotation.items} - {""}
-    own = {name: index for index, name in enumerate(sorted(names), start=1)}
+    own = {name: index for index, name in enumerate(sorted(names))}
     return VOC_CLASSES if names <= VOC_CLASSES.keys() else own
 
 
