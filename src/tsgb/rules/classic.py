@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .formulas import _linearised
-from .tables import DEFAULT, HEAD, ORDINARY, PAPER, F, Table
+from .tables import DEFAULT, HEAD, ORDINARY, PAPER, RECTIFIERS, F, Table
 
 __all__ = [
     "CONTRASTIVE",
@@ -228,26 +228,6 @@ def _excited(
     return z + z_below, lambda share: torch.where(x < 0, pull_below(share), pull(share))
 
 
-_RECTIFIERS = (
-    functional.relu,
-    functional.relu6,
-    functional.hardtanh,
-    functional.leaky_relu,
-    functional.prelu,
-    functional.rrelu,
-    functional.elu,
-    functional.selu,
-    functional.celu,
-    functional.gelu,
-    functional.silu,
-    functional.mish,
-    functional.hardswish,
-    functional.threshold,
-    torch.clamp,
-    torch.clamp_min,
-    torch.clamp_max,
-    torch.clip,
-)
 _WEIGHTED = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 
 
@@ -265,10 +245,10 @@ _GRADIENT: Table = {
 }
 
 #: Guided backprop.
-GUIDED: Table = {**_GRADIENT, **_each(guided, _RECTIFIERS)}
+GUIDED: Table = {**_GRADIENT, **_each(guided, RECTIFIERS)}
 
 #: The deconvolutional network.
-DECONVNET: Table = {**_GRADIENT, **dict.fromkeys(_RECTIFIERS, deconvnet)}
+DECONVNET: Table = {**_GRADIENT, **dict.fromkeys(RECTIFIERS, deconvnet)}
 
 #: Excitation backprop; batch norm, activations, constant shifts and gates pass the probability as under DEFAULT.
 EXCITATION: Table = {

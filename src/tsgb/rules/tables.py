@@ -42,7 +42,8 @@ HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
 GATES = (torch.sigmoid, functional.hardsigmoid, functional.softmax)
 
 
-_ACTIVATIONS = (
+#: Activations that let a signal through above a bend and hold it back below.
+RECTIFIERS = (
     functional.relu,
     functional.relu6,
     functional.hardtanh,
@@ -56,20 +57,24 @@ _ACTIVATIONS = (
     functional.silu,
     functional.mish,
     functional.hardswish,
+    functional.threshold,
+    torch.clamp,
+    torch.clamp_min,
+    torch.clamp_max,
+    torch.clip,
+)
+
+_ACTIVATIONS = (
+    *RECTIFIERS,
     functional.softsign,
     functional.hardshrink,
     functional.softshrink,
     functional.tanhshrink,
-    functional.threshold,
     torch.tanh,
     torch.abs,
     torch.atan,
     torch.erf,
     torch.square,
-    torch.clamp,
-    torch.clamp_min,
-    torch.clamp_max,
-    torch.clip,
 )
 
 # Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
