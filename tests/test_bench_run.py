@@ -310,10 +310,12 @@ def test_a_method_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch):
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setitem(methods.METHODS, "broken", methods.Method("Broken", "nowhere", broken))
-    results = bench.run(job(tmp_path / "b", methods=["tsgb", "broken"]), limit=4, workers=1)
+    asked = {"methods": ["tsgb", "broken"], "metrics": ["pointing", "energy", "grid"]}
+    results = bench.run(job(tmp_path / "b", **asked), limit=4, workers=1)
     (failure,) = results["failures"]
     assert (failure["method"], failure["reason"], failure["count"]) == ("broken", "out of luck", 4)
     assert {r["method"] for r in results["rows"]} == {"tsgb", "tsgb^0.5", "tsgb^2"}
+    assert results["left_out"]["grid"].startswith("too few pictures of distinct single classes")
     assert "out of luck" in (tmp_path / "b" / "results.md").read_text()
     assert "out of luck" in (tmp_path / "b" / "index.html").read_text()
 

@@ -114,9 +114,10 @@ def test_a_group_is_asked_about_as_its_most_probable_class():
 def test_grids_hold_distinct_classes_and_every_picture_once(classes, seed, side):
     pool = list(enumerate(classes))
     found = grids(pool, side, 500, seed)
-    used = [index for grid in found for index in grid]
+    used = [index for grid in found for index, _ in grid]
     assert len(used) == len(set(used))
-    assert all(len({classes[index] for index in grid}) == side**2 for grid in found)
+    assert all(classes[index] == target for grid in found for index, target in grid)
+    assert all(len({target for _, target in grid}) == side**2 for grid in found)
     assert found == grids(pool[::-1], side, 500, seed)
     if len(set(classes)) >= side**2:
         assert found

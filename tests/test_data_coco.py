@@ -14,7 +14,7 @@ from tsgb import pictures
 from tsgb.data import Category, DataError, open_dataset
 from tsgb.data.segmentation import union_mask
 
-api = pytest.importorskip("pycocotools.mask")
+api = pytest.importorskip("pycocotools.mask", reason="needs pycocotools, of the extra bench")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SQUARE = [[1, 1, 3, 1, 3, 3, 1, 3]]

@@ -14,7 +14,6 @@ from tsgb.methods.layers import Place, last_features, twice_as_large
 
 @pytest.fixture(scope="module")
 def torchvision():
-    pytest.importorskip("PIL")
     try:
         return vision.import_torchvision()
     except vision.ModelError as error:
@@ -54,7 +53,7 @@ def test_torchvision(torchvision, name, expected):
     [("resnet18", "layer4"), ("mobilenetv3_small_050", "blocks"), ("convnext_atto", "stages"), ("vgg11", "features")],
 )
 def test_timm(torchvision, name, expected):
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="the network is timm's")
     with torch.device("meta"):
         model = timm.create_model(name)
     assert named(model, 224 if name == "vgg11" else 64) == expected

@@ -14,7 +14,7 @@ from .work import Job
 
 __all__ = ["summary", "write"]
 
-#: Why a metric may find nothing to judge, where no method failed.
+#: Why a metric may find nothing to judge, where not every method failed.
 WHY_EMPTY = {
     "mask_ap": "no picture has a mask of a class that the network knows",
     "box_ap": "no picture has a box of a class that the network knows",
@@ -45,7 +45,9 @@ def write(job: Job, protocol: dict[str, Any], found: Sequence[Record], problems:
     notes = sorted((r for r in found if r["method"] == ""), key=lambda r: (r["index"], r["unit"]))
     failed = rows.failures(found, job.methods)
     judged = {METRIC_OF[name] for _, name in gathered if name in METRIC_OF}
-    empty = {} if failed else {m: why for m, why in WHY_EMPTY.items() if m in job.metrics and m not in judged}
+    tried = [r for r in found if r["method"]]
+    why = {} if tried and all(r["errors"] for r in tried) else WHY_EMPTY  # else the failures say why
+    empty = {metric: reason for metric, reason in why.items() if metric in job.metrics and metric not in judged}
     results = {
         "protocol": {
             **protocol,

@@ -117,9 +117,9 @@ def _planned(job: Job) -> tuple[list[Grid], float | None]:
     pool = [(index, target) for index, target, p in sure if p >= confidence]
     planned = [
         # No picture has a name that begins with a slash.
-        Grid(f"/grid{suffix}/{number:04d}", indices)
+        Grid(f"/grid{suffix}/{number:04d}", *zip(*entries, strict=True))
         for suffix, side in GRIDS.items()
-        for number, indices in enumerate(grids(pool, side, LARGEST_GRIDS, job.seed))
+        for number, entries in enumerate(grids(pool, side, LARGEST_GRIDS, job.seed))
     ]
     return planned, confidence
 

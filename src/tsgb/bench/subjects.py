@@ -170,30 +170,30 @@ def _scale(preprocessing: Preprocessing, size: tuple[int, int]) -> tuple[float, 
     return y1 - y0, x1 - x0
 
 
-def grids(pool: Iterable[tuple[int, int]], side: int, largest: int, seed: int) -> list[tuple[int, ...]]:
+def grids(pool: Iterable[tuple[int, int]], side: int, largest: int, seed: int) -> list[tuple[tuple[int, int], ...]]:
     """Sort pictures into grids of distinct classes, each picture into one at most, in an order drawn from the seed.
 
     Args:
         pool: (index, class) of each picture. ``side``: pictures along a side. ``largest``: grids at most.
 
     Returns:
-        Whole grids alone, each the indices of ``side * side`` pictures, row by row.
+        Whole grids alone, each the (index, class) of ``side * side`` pictures, row by row.
 
     Example:
         >>> grids([(7, 0), (8, 0), (9, 1), (5, 2), (6, 3)], 2, largest=500, seed=0)
-        [(9, 7, 6, 5)]
+        [((9, 1), (7, 0), (6, 3), (5, 2))]
     """
     entries = sorted(pool)
     order = np.random.Generator(np.random.PCG64([seed, side])).permutation(len(entries))
-    begun: list[dict[int, int]] = []
-    whole: list[tuple[int, ...]] = []
+    begun: list[dict[int, tuple[int, int]]] = []
+    whole: list[tuple[tuple[int, int], ...]] = []
     for position in order:
-        index, target = entries[position]
+        _, target = entries[position]
         grid = next((grid for grid in begun if target not in grid), None)
         if grid is None:
             grid = {}
             begun.append(grid)
-        grid[target] = index
+        grid[target] = entries[position]
         if len(grid) == side**2:
             begun.remove(grid)
             whole.append(tuple(grid.values()))

@@ -48,10 +48,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of pictures: its name in the records, and the indices of its pictures, row by row."""
+    """A grid of pictures: its name in the records, and the indices of its pictures and their classes, row by row."""
 
     unit: str
     indices: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass
@@ -105,15 +106,11 @@ class Worker:
 
     def do_grids(self, grids: Sequence[Grid], done: frozenset[tuple[str, str]]) -> None:
         """Judge every method on some grids of one size, all in one batch, and write the records."""
-        tensors, targets = [], []
+        looked = []
         for grid in grids:
-            samples = [self.dataset.samples[index] for index in grid.indices]
-            tensors.append(compose([self.tensor(sample.read()) for sample in samples]))
-            targets.append([self._single_class(sample) for sample in samples])
-        looked = [
-            _Looked(Subject(grid.unit, grid.indices[0], tensor, (1.0, 1.0), (), ()), torch.empty(0), wanted)
-            for grid, tensor, wanted in zip(grids, tensors, targets, strict=True)
-        ]
+            tensor = compose([self.tensor(self.dataset.samples[index].read()) for index in grid.indices])
+            whole = Subject(grid.unit, grid.indices[0], tensor, (1.0, 1.0), (), ())
+            looked.append(_Looked(whole, torch.empty(0), list(grid.targets)))
         for method in self.job.methods:
             if all((grid.unit, method) in done for grid in grids):
                 continue
@@ -255,29 +252,14 @@ class Worker:
         held = next(self.network.model.parameters(), tensor)
         return tensor.to(held.device, held.dtype)
 
-    def _single_class(self, sample: Sample) -> int:
-        """The network's class of a picture of one class, which is its own; -1 for any other picture."""
-        if len(sample.categories) != 1:
-            return -1
-        category = sample.categories[0]
-        known = classes_of(self.dataset.categories[category], category, self.network.names, self._classes)
-        return known[0] if len(known) == 1 else -1
-
-    @cached_property
-    def _classes(self) -> int:
-        """How many classes the network knows."""
-        height, width = self.network.preprocessing.size
-        probe = self.tensor(Image.new("RGB", (width, height)))
-        with torch.inference_mode():
-            return int(self.model(probe[None]).shape[1])
-
     def _confidence(self, sample: Sample, logits: Tensor) -> list[Any] | None:
-        """For grids: a picture's class and the network's confidence in it, where it predicts that class."""
-        if not is_asked(self.job.metrics, "grid", "grid_ap"):
+        """For grids: the class of a picture of one class, and the network's confidence in it if it predicts it."""
+        if not is_asked(self.job.metrics, "grid", "grid_ap") or len(sample.categories) != 1:
             return None
-        target = self._single_class(sample)
+        category = sample.categories[0]
+        known = classes_of(self.dataset.categories[category], category, self.network.names, len(logits))
         predicted = _two_best(logits)[0]
-        return [target, float(logits.softmax(0)[target])] if target == predicted else None
+        return [predicted, float(logits.softmax(0)[predicted])] if known == (predicted,) else None
 
     def _show(
         self, method: str, looked: Sequence[_Looked], found: Sequence[records.Record], drawn: Sequence[Maps]
