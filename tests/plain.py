@@ -92,12 +92,12 @@ def conv_head(grad, x, weight, bias=None, *, f, split="contributions"):
     return below.mT.reshape(x.shape)
 
 
-def batch_norm(grad, x, mean, var, weight, bias, eps):
-    """Relevance passes unchanged, value by value."""
+def batch_norm(grad, x, mean, var, weight, bias, eps, guard=EPS):
+    """Relevance passes unchanged, value by value, but for the authors' guard."""
     o = torch.empty_like(x)
     for c in range(x.shape[1]):
         o[:, c] = (x[:, c] - mean[c]) / (var[c] + eps).sqrt() * weight[c] + bias[c]
-    return grad * o / (x + EPS)
+    return grad * o / (x + guard)
 
 
 def avg_pool(grad, x, kernel, stride, padding):
@@ -156,7 +156,7 @@ class Plain:
         return _Operator.apply(
             x,
             lambda s: functional.batch_norm(s, *settings, False, 0.0, module.eps),
-            lambda grad, s: batch_norm(grad, s, *settings, module.eps),
+            lambda grad, s: batch_norm(grad, s, *settings, module.eps, EPS if self.paper else 0),
         )
 
     def passing(self, x, function, slope_at_zero=0.0):

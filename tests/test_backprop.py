@@ -108,7 +108,7 @@ def test_a_signal_gated_by_another_branch():
     x = images()
     found = tsgb.explain(free, x, 0)
     assert ("mul", "gate", 1) in found.coverage
-    assert torch.equal(found.maps, tsgb.explain(detached, x, 0).maps)
+    assert relative(found.maps, tsgb.explain(detached, x, 0).maps) < 1e-12
 
 
 def test_coverage_names_the_unknown_and_strict_refuses_it():

@@ -12,9 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsgb"
 # Who may import whom, directly.
 ARROWS = {
     "rules": set(),
-    "operators": set(),
-    "saved": {"operators"},
-    "backprop": {"rules", "operators", "saved"},
+    "backprop": {"rules"},
     "targets": set(),
     "checks": {"rules", "targets", "backprop"},
     "explanation": {"render", "pictures", "preprocessing", "regions"},
@@ -32,7 +30,7 @@ ARROWS = {
     "report": {"attribution", "backprop", "explanation", "models", "pictures", "render", "rules", "targets"},
     "regions": set(),
     "metrics": {"regions", "vision"},
-    "methods": {"rules", "operators", "backprop", "attribution", "checks", "targets", "vision"},
+    "methods": {"rules", "backprop", "attribution", "checks", "targets", "vision"},
     "data": {"pictures", "scenes"},
     "categories": {"data"},
     "bench": {
@@ -49,7 +47,7 @@ ARROWS = {
     },
     "cli": {"report", "doctor", "bench", "models", "pictures", "render", "scenes"},
 }
-TORCH_ONLY = ("rules", "operators", "saved", "backprop", "targets", "checks", "attribution")
+TORCH_ONLY = ("rules", "backprop", "targets", "checks", "attribution")
 LATE = ("explanation", "cli")  # what they import of the package, they import when called
 
 

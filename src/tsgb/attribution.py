@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, targets
 from . import rules as rule_tables
-from .backprop import Backprop, CoverageError, recording
+from .backprop import Backprop, CoverageError, Gradient, LostError, Product, Relevance, Summed, dense, recording, summed
 from .explanation import Explanation, Row
 from .targets import Target
 
@@ -20,6 +20,7 @@ __all__ = ["TSGB", "explain"]
 # Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
 # used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
 _NOTHING = 1e-30
+_AT_ONCE = 2**26  # values of images times classes that go backward together
 
 
 @torch.inference_mode(False)
@@ -70,7 +71,7 @@ def explain(
         (torch.Size([2, 2, 128, 128]), [[0, 4], [1, 2]])
     """
     inputs = images if isinstance(images, tuple) else (images,)
-    request = _Request(model, rules, f, (), dict(forward_kwargs or {}), strict, _pooled)
+    request = _Request(model, rules, f, (), dict(forward_kwargs or {}), strict, whole=False)
     parts = list(_parts(request, inputs, target, batch_size))
     maps = tuple(torch.cat([part.relevance[i] for part in parts]) for i in range(len(inputs)))
     rows: dict[tuple[str, str | None], int] = {}
@@ -151,13 +152,13 @@ class TSGB:
             >>> import tsgb
             >>> model = tsgb.load("bundled").model
             >>> x = torch.rand(1, 3, 128, 128)
-            >>> torch.equal(TSGB(model).attribute(x, 3).sum(1), tsgb.explain(model, x, 3).maps[:, 0])
+            >>> torch.allclose(TSGB(model).attribute(x, 3).sum(1), tsgb.explain(model, x, 3).maps[:, 0], atol=1e-5)
             True
         """
         values = inputs if isinstance(inputs, tuple) else (inputs,)
         extra = additional_forward_args
         args = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
-        request = _Request(self.forward_func, self._rules, self._f, args, {}, self._strict, _whole)
+        request = _Request(self.forward_func, self._rules, self._f, args, {}, self._strict, whole=True)
         parts = list(_parts(request, values, target, batch_size))
         if parts[0].targets.shape[1] != 1:
             raise targets.TargetError(
@@ -179,7 +180,7 @@ class _Request:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     strict: bool
-    reduce: Callable[[Tensor], Tensor]  # from the relevance of an input to what is kept of it
+    whole: bool  # whether the relevance of every value of an input is asked for, not its sum over the channels
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,6 @@ class _Part:
     coverage: list[Row]
     why_empty: list[list[str | None]]
     f: float
-
-
-def _pooled(relevance: Tensor) -> Tensor:
-    """A map of the relevance of an input: the sum over channels, where it has channels and positions."""
-    return relevance.sum(1) if relevance.dim() > 2 else relevance
-
-
-def _whole(relevance: Tensor) -> Tensor:
-    return relevance
 
 
 def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_size: int | None) -> Iterator[_Part]:
@@ -232,36 +224,47 @@ def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_
 
 
 def _explain(request: _Request, inputs: tuple[Tensor, ...], target: Target) -> _Part:
-    count = len(inputs[0])
     with torch.inference_mode(False), torch.enable_grad():
-        leaves, run, output, logits, asked = _recorded(request, inputs, target, count)
-        if run.has_shifts and any((x == 0).any() for x in inputs):
-            # Zeros carry nothing, and a shift may have given them evidence: a number in their place carries it.
-            filled = _recorded(request, tuple(_filled(x) for x in inputs), target, count)
-            if _same(logits, filled[3]):
-                leaves, run, output, logits, asked = filled
-        if asked is not None:
-            scores, seeds = [asked], [torch.ones_like(asked)]
-            indices = torch.full((count, 1), -1)
-        else:
-            answer = targets.find_logits(output)
-            indices = targets.resolve(target, checks.check_logits(answer, count))
-            scores = [answer] * indices.shape[1]
-            seeds = [_one_hot(indices[:, k], answer) for k in range(indices.shape[1])]
-        run.find_heads(scores[0], count)
-        run.check_positions()
-        columns: list[list[Tensor]] = []
-        reasons: list[list[str | None]] = []
-        for k, (score, seed) in enumerate(zip(scores, seeds, strict=True)):
-            with torch.autocast(inputs[0].device.type, enabled=False):
-                grads = _gradients(score, leaves, seed, retain=k + 1 < len(scores))
-            relevance = [_relevance(x, leaf, grad) for x, leaf, grad in zip(inputs, leaves, grads, strict=True)]
-            maps = [_pooled(r) for r in relevance]
-            checks.check_maps(maps)
-            columns.append([request.reduce(r) for r in relevance])
-            reasons.append(_why_empty(run, leaves, maps))
+        try:
+            return _explained(request, inputs, target, handing=True)
+        except (LostError, RuntimeError) as error:
+            if not isinstance(error, LostError) and "modified inplace" not in str(error):
+                raise
+        return _explained(request, inputs, target, handing=False)
+
+
+def _explained(request: _Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> _Part:
+    count = len(inputs[0])
+    leaves, run, output, logits, asked = _recorded(request, inputs, target, count, handing)
+    if run.has_shifts and any((x == 0).any() for x in inputs):
+        # Zeros carry nothing, and a shift may have given them evidence: a number in their place carries it.
+        filled = _recorded(replace(request, whole=True), tuple(_filled(x) for x in inputs), target, count, handing)
+        if _same(logits, filled[3]):
+            leaves, run, output, logits, asked = filled
+    if asked is not None:
+        score, seeds = asked, torch.ones_like(asked)[None]
+        indices = torch.full((count, 1), -1)
+    else:
+        score = targets.find_logits(output)
+        indices = targets.resolve(target, checks.check_logits(score, count))
+        seeds = _one_hot(indices, score)
+    run.find_heads(score, count)
+    run.check_positions()
+    columns: list[list[Tensor]] = []
+    reasons: list[list[str | None]] = []
+    step = max(1, _AT_ONCE // max(1, inputs[0].numel())) if handing else 1
+    for start in range(0, len(seeds), step):
+        classes = seeds[start : start + step]
+        is_last = start + step >= len(seeds)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            grads = _gradients(score, leaves, classes, not is_last, handing)
+        found = [_relevance(x, leaf, g, len(classes)) for x, leaf, g in zip(inputs, leaves, grads, strict=True)]
+        maps = [r.sum(2) if r.dim() == leaf.dim() + 1 > 3 else r for r, leaf in zip(found, leaves, strict=True)]
+        checks.check_maps(maps)
+        columns.append(found if request.whole else maps)
+        reasons += _why_empty(run, leaves, maps)
     return _Part(
-        relevance=[torch.stack(column, 1) for column in zip(*columns, strict=True)],
+        relevance=[torch.cat(column).transpose(0, 1).contiguous() for column in zip(*columns, strict=True)],
         targets=indices,
         logits=logits,
         coverage=run.coverage(),
@@ -271,17 +274,25 @@ def _explain(request: _Request, inputs: tuple[Tensor, ...], target: Target) -> _
 
 
 def _recorded(
-    request: _Request, inputs: tuple[Tensor, ...], target: Target, count: int
+    request: _Request, inputs: tuple[Tensor, ...], target: Target, count: int, handing: bool
 ) -> tuple[tuple[Tensor, ...], Backprop, Any, Tensor | None, Tensor | None]:
     """Run the model, and a callable target, under the rules: leaves, record, output, copied logits, and scores."""
     leaves = tuple(x.detach().as_subclass(Tensor).clone().requires_grad_() for x in inputs)
-    images = tuple(leaf.clone() for leaf in leaves)
-    with recording(request.table, request.f) as run:
+    with recording(request.table, request.f, handing) as run:
+        images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
         output = _forward(request.model, images, request.args, request.kwargs)
         found = _logits_if_any(output)
         logits = None if found is None else found.detach().clone()
         asked = targets.scores(target, output, count) if callable(target) else None
     return leaves, run, output, logits, asked
+
+
+def _format(image: Tensor, handing: bool) -> torch.memory_format:
+    """Channels last on a CPU, where convolutions and sums over channels are quicker so."""
+    is_given = not image.is_contiguous()
+    if handing and image.dim() == 4 and image.device.type == "cpu" and image.dtype != torch.float64 and not is_given:
+        return torch.channels_last
+    return torch.preserve_format
 
 
 def _filled(image: Tensor) -> Tensor:
@@ -292,7 +303,11 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is None or other is None or torch.equal(one, other)
 
 
-def _gradients(score: Tensor, leaves: tuple[Tensor, ...], seed: Tensor, retain: bool) -> tuple[Tensor | None, ...]:
+def _gradients(
+    score: Tensor, leaves: tuple[Tensor, ...], seeds: Tensor, retain: bool, handing: bool
+) -> tuple[Tensor | None, ...]:
+    """What arrives at each leaf of K seeds (K, *shape of the score): a `Relevance`, or the gradient of one class."""
+    seed = Relevance(score.shape, score.dtype, [Gradient(seeds)]) if handing else seeds[0]
     try:
         return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
     except RuntimeError as error:
@@ -301,17 +316,27 @@ def _gradients(score: Tensor, leaves: tuple[Tensor, ...], seed: Tensor, retain: 
         raise
 
 
-def _relevance(image: Tensor, leaf: Tensor, grad: Tensor | None) -> Tensor:
-    """Image * gradient in float32 at least; a zero pixel keeps what it carries if that is more than a trace."""
+def _relevance(image: Tensor, leaf: Tensor, grad: Tensor | None, count: int) -> Tensor:
+    """The relevance of an image for ``count`` classes, (count, *shape) or summed over the channels, float32 at least.
+
+    A zero pixel keeps what it carries if that is more than a trace.
+    """
     dtype = torch.promote_types(image.dtype, torch.float32)
     if grad is None:
-        return torch.zeros_like(leaf, dtype=dtype).detach()
-    relevance = leaf.detach().to(dtype) * grad.to(dtype)
+        return torch.zeros_like(leaf, dtype=dtype).detach().expand(count, *leaf.shape)
+    if not isinstance(grad, Relevance):
+        relevance = leaf.detach().to(dtype) * grad[None].to(dtype)
+    elif any(isinstance(part, Summed) or (isinstance(part, Product) and part.base is None) for part in grad.parts):
+        return summed(grad.parts).squeeze(2)
+    else:
+        relevance = dense(grad.parts)
     return torch.where((image == 0) & (relevance.abs() < _NOTHING**0.5), 0, relevance)
 
 
 def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
-    return torch.zeros_like(logits).scatter_(1, classes[:, None].to(logits.device), 1)
+    """Seeds (K, N, classes) of targets (N, K)."""
+    seeds = logits.new_zeros(classes.shape[1], *logits.shape)
+    return seeds.scatter_(2, classes.T[:, :, None].to(logits.device), 1)
 
 
 def _forward(
@@ -338,21 +363,26 @@ def _logits_if_any(output: Any) -> Tensor | None:
         return None
 
 
-def _why_empty(run: Backprop, leaves: tuple[Tensor, ...], maps: list[Tensor]) -> list[str | None]:
-    positive = torch.stack([values.flatten(1).amax(1) > 0 for values in maps]).any(0)
-    arrived = run.arrived(len(positive))
-    reasons: list[str | None] = []
-    for n in range(len(positive)):
-        if positive[n]:
-            reasons.append(None)
-        elif all(not (leaf[n].abs() > _NOTHING).any() for leaf in leaves):
-            reasons.append("the image is zero everywhere, and a map is image * gradient")
-        elif not arrived[n]:
-            cut = [name for name in run.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
-            what = "a ReLU" if "relu" in cut else cut[0] if cut else "what lies between the head and the target"
-            reasons.append(f"logit cut by {what} at the head: no gradient arrives there")
-        elif any(values[n].any() for values in maps):
-            reasons.append("evidence against the target outweighs the evidence for it at every pixel")
-        else:
-            reasons.append("no feature with evidence at the head is connected to a pixel that is not zero")
-    return reasons
+def _why_empty(run: Backprop, leaves: tuple[Tensor, ...], maps: list[Tensor]) -> list[list[str | None]]:
+    """For each class and image why its map (K, N, ...) has no positive value, or None."""
+    positive = torch.stack([values.flatten(2).amax(2) > 0 for values in maps]).any(0)
+    filled = torch.stack([values.flatten(2).any(2) for values in maps]).any(0)
+    arrived = run.arrived(*positive.shape)
+    rows = zip(positive.tolist(), filled.tolist(), arrived, strict=True)
+    return [[_reason(run, leaves, n, *flags) for n, flags in enumerate(zip(*row, strict=True))] for row in rows]
+
+
+def _reason(
+    run: Backprop, leaves: tuple[Tensor, ...], n: int, positive: bool, filled: bool, arrived: bool
+) -> str | None:
+    if positive:
+        return None
+    if all(not (leaf[n].abs() > _NOTHING).any() for leaf in leaves):
+        return "the image is zero everywhere, and a map is image * gradient"
+    if not arrived:
+        cut = [name for name in run.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
+        what = "a ReLU" if "relu" in cut else cut[0] if cut else "what lies between the head and the target"
+        return f"logit cut by {what} at the head: no gradient arrives there"
+    if filled:
+        return "evidence against the target outweighs the evidence for it at every pixel"
+    return "no feature with evidence at the head is connected to a pixel that is not zero"

@@ -123,10 +123,10 @@ def check_maps(maps: list[Tensor]) -> None:
 
     Example:
         >>> import torch
-        >>> check_maps([torch.zeros(2, 8, 8)])
+        >>> check_maps([torch.zeros(3, 2, 8, 8)])  # of 3 classes and 2 images
     """
     for values in maps:
-        broken = ~values.isfinite().flatten(1).all(1)
+        broken = ~values.isfinite().flatten(2).all(2).all(0)
         if broken.any():
             raise FloatingPointError(
                 f"the map of image {int(broken.nonzero()[0])} is not finite: the model's values leave the range of "

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .. import operators, rules
+from .. import rules
+from ..backprop import operators
 
 __all__ = ["prepared"]
 

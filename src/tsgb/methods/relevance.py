@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .. import operators, rules
+from .. import rules
+from ..backprop import operators
 from ..targets import find_logits
 from ..vision import import_torchvision
 

@@ -32,7 +32,7 @@ from .formulas import (
     selectivity,
     shift,
 )
-from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, ORDINARY, PAPER, F, Table
+from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table
 
 __all__ = [
     "CONSTANT",
@@ -44,8 +44,10 @@ __all__ = [
     "GATES",
     "GUIDED",
     "HEAD",
+    "KINKED",
     "ORDINARY",
     "PAPER",
+    "RELUS",
     "F",
     "Table",
     "activation",

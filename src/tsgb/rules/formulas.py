@@ -211,6 +211,7 @@ def linear_head(
         >>> abs((x * linear_head(grad, x, weight, f=1.0)).sum().item()) < 1e-5
         True
     """
+    grad, weight = _asked(grad, weight, dim=-1)
     positions = tuple(range(1, x.dim() - 1))
     return _head(functional.linear, grad, x, weight, f, split, positions)
 
@@ -255,6 +256,8 @@ def conv_head(
         >>> torch.allclose(conv_head(grad, x, weight, f=0.75), pooled[:, :, None, None] / 16, atol=1e-5)
         True
     """
+    if groups == 1:
+        grad, weight = _asked(grad, weight, dim=1 - x.dim())
     function = _convolution(weight)
     args = (None, stride, padding, dilation, groups)
     positions = tuple(range(2, x.dim()))
@@ -367,6 +370,14 @@ def _share(relevance: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, An
 def _summed(x: Tensor, fields: int) -> Tensor:
     """Sums over the channels of each field: (N, C, *) to (N, fields, *)."""
     return x.reshape(len(x), fields, -1, *x.shape[2:]).sum(2)
+
+
+def _asked(grad: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The gradients and weights of the classes for which gradients arrive; the others' weights play no part."""
+    used = grad.movedim(dim, 0).flatten(1).any(1).nonzero()[:, 0]
+    if len(used) == 0 or len(used) == len(weight):
+        return grad, weight
+    return grad.index_select(dim, used), weight[used]
 
 
 def _head(

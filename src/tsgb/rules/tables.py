@@ -64,6 +64,12 @@ RECTIFIERS = (
     torch.clip,
 )
 
+#: Activations whose output is never negative, the first of which changes no number but to 0.
+RELUS = (functional.relu, functional.relu6)
+
+#: Activations whose derivative at their input is that at their output.
+KINKED = (*RELUS, functional.hardtanh, functional.leaky_relu)
+
 _ACTIVATIONS = (
     *RECTIFIERS,
     functional.softsign,
@@ -134,6 +140,7 @@ DEFAULT: Table = {
     **{act: partial(activation, function=act) for act in _ACTIVATIONS},
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
     **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
+    functional.batch_norm: partial(shift, function=functional.batch_norm),
     CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
     GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
     HEAD: _head_table("contributions"),

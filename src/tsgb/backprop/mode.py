@@ -8,11 +8,10 @@ spellings.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,86 +20,24 @@ from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from . import operators, rules
+from .. import rules
+from . import operators
+from .handing import CHANNELS, SUMS, Image
+from .nodes import SLOT, Handed, Ruled, Ruling, mapped
 from .operators import Call
+from .relevance import LostError
 from .saved import Kept
+from .starts import start
+
+_STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "storage_offset")
 
 __all__ = ["Backprop", "CoverageError", "recording"]
 
-_SLOT = torch.empty(0)
 _NAME, _OPEN, _WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of autograd nodes' metadata
 
 
 class CoverageError(RuntimeError):
     """The rules do not cover the model, so that its map would not be TSGB's."""
-
-
-@dataclass
-class _Ruling:
-    """An operator that met a rule.
-
-    It lives on the operator's node, so it holds no tensors: through one that an in-place call changed, the node would
-    keep itself alive. The tensors of the call's arguments are what autograd saves; `_SLOT` stands in their places.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    function: Callable[..., Tensor]
-    rule: Callable[..., Tensor]
-    head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
-    on_vector: bool = False
-    is_linear: bool = False
-    is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
-    f: float | None = None  # set on the heads, with the number of images
-    count: int = 0
-    arrived: Tensor | None = None  # of a head: per image, whether any gradient arrived in this backward
-
-    def backward(self, grad: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
-        """Apply the rule in float32 at least, and hand on what the type of x can hold.
-
-        ``o`` is the output where the rule asks for it, ``others`` are the tensors among the call's other arguments.
-        """
-        tensors = iter(others)
-        args, kwargs = _map(lambda _: _single(next(tensors)), (self.args, self.kwargs))
-        with torch.autocast(x.device.type, enabled=False):
-            if self.is_ordinary:
-                with torch.enable_grad():
-                    leaf = _single(x).detach().requires_grad_()
-                    (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, _single(grad))
-            elif self.f is None:
-                output = {} if o is None else {"o": _single(o)}
-                grad_x = self.rule(_single(grad), _single(x), *args, **output, **kwargs)
-            else:
-                assert self.head_rule is not None
-                # Features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image.
-                swapped = self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
-                grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
-                self.arrived = grad.reshape(len(grad), -1).any(1)
-                grad_x = self.head_rule(_single(grad), _single(features), *args, f=self.f, **kwargs)
-                grad_x = grad_x.transpose(0, 1) if swapped else grad_x
-        if grad_x.dtype != x.dtype:
-            largest = torch.finfo(x.dtype).max
-            grad_x = grad_x.clamp(-largest, largest).to(x.dtype)
-        return grad_x
-
-
-class _Ruled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ruling: _Ruling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        o = ruling.function(x, *args, **kwargs)
-        ctx.ruling = ruling
-        ctx.save_for_backward(x, o if _wants_output(ruling.rule) else None, *operators.tensors((args, kwargs)))
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        x, o, *others = ctx.saved_tensors
-        return ctx.ruling.backward(grads[0], x, o, others), None, None, None
-
-
-def _wants_output(rule: Callable[..., Any]) -> bool:
-    return "o" in inspect.signature(rule).parameters
 
 
 class Backprop(TorchFunctionMode):
@@ -111,6 +48,7 @@ class Backprop(TorchFunctionMode):
     Args:
         table: torch functions and roles to rules, see `tsgb.rules`.
         f: the number f of the head's rule; None takes the table's.
+        kept: keeps what backward needs. ``is_handing``: whether rules hand relevance on where they can.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5)).eval()
@@ -122,38 +60,84 @@ class Backprop(TorchFunctionMode):
         [('conv2d', 'conv_lumped', 1), ('flatten', 'ordinary', 1), ('linear', 'linear_head', 1)]
     """
 
-    def __init__(self, table: rules.Table, f: float | None = None) -> None:
+    def __init__(self, table: rules.Table, f: float | None, kept: Kept, is_handing: bool) -> None:
         super().__init__()
+        self._kept, self._is_handing = kept, is_handing
         self._rules, self._heads, self._constant, self._products = (
             {operators.name(key): (key, rule) for key, rule in part.items() if callable(key)}
             for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
         )
         self._openers = {operators.name(function) for function in rules.GATES}
         self._f = table[rules.F] if f is None else f
-        self._met: list[_Ruling] = []
+        self._met: list[Ruling] = []
         self._unruled: Counter[tuple[str, str | None]] = Counter()
         self._unseen: Counter[str] = Counter()
         self.has_shifts = False  # whether a constant was added to what comes from the image
-        self.heads: list[_Ruling] = []
+        self.heads: list[Ruling] = []
         self.above: list[str] = []  # names of the operators between the head and the target
         self.f: float | None = None
+
+    def enter(self, leaf: Tensor, form: torch.memory_format, whole: bool) -> Tensor:
+        """Copy a leaf of the graph into the image that the model is given.
+
+        Args:
+            form: the copy's memory format. ``whole``: whether the relevance of every value of the image is asked for;
+                else it may be summed over the channels.
+        """
+        with torch._C.DisableTorchFunction():
+            if not self._is_handing:
+                return leaf.clone(memory_format=form)
+            ruling = Ruling("image", (), {}, torch.clone, rules.ORDINARY)  # type: ignore[arg-type]
+            takes = CHANNELS if whole or leaf.dim() < 3 else SUMS
+            copy = partial(leaf.detach().clone, memory_format=form)
+            image: Tensor = Handed.apply(ruling, copy, lambda _: Image(takes), False, leaf)  # type: ignore[no-untyped-call]
+            return image
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = _map(_constant, args), _map(_constant, kwargs or {})
+        with self._kept.aside():
+            return self._called(func, mapped(_constant, args), mapped(_constant, kwargs or {}))
+
+    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call under its rule, if it has one."""
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in operators.tensors((args, kwargs))):
-            return func(*args, **kwargs)
+            with self._kept.watching():
+                return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
         met = self._meet(call)
+        if self._is_handing:
+            if not self._kept.is_innermost():
+                raise LostError("the model saves tensors in its own way, as gradient checkpointing does")
+            handed = self._hand(call, met, partial(func, *args, **kwargs))
+            if handed is not None:
+                return handed
+            if call.inplace is not None or call.name == "setitem":
+                self._keep_outputs(call)
+            if call.name in _STRIDED:
+                raise LostError(f"the model reads how its tensors lie in memory ({call.name})")
+            if call.name == "view" and not _is_viewable(func, args, kwargs):
+                # It would be one if the image were contiguous; a copy serves as long as nothing is written on it.
+                args = (args[0].contiguous(), *args[1:])
+                self._kept.torn[args[0].untyped_storage()._cdata] = args[0].detach()
         if met is None:
-            return self._note(call, _separate(args, func(*args, **kwargs)))
+            with self._kept.watching():
+                output = operators.plain(func, args, kwargs)
+            if not self._is_handing:
+                output = _separate(args, output)
+            elif any(t.requires_grad for t in operators.tensors(output)):  # and not the number of its dimensions
+                self._keep_outputs(call)
+            return self._note(call, output)
         ruling, call = met
+        if self._is_handing:
+            self._keep_outputs(call)
         self._met.append(ruling)
-        o = _Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
-        return o if call.inplace is None else call.inplace.copy_(o)
+        self._release_below(ruling, call.args[0])
+        with self._kept.watching():
+            o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
+            return o if call.inplace is None else call.inplace.copy_(o)
 
-    def _meet(self, call: Call) -> tuple[_Ruling, Call] | None:
+    def _meet(self, call: Call) -> tuple[Ruling, Call] | None:
         """Find the rule that a call meets, if any: by its role among its operands, else by its name.
 
         Of the call that comes back the first operand alone depends on the image; what else did is held constant.
@@ -175,12 +159,59 @@ class Backprop(TorchFunctionMode):
         function, rule = self._rules.get(call.name, (None, None))
         if function is None or not callable(rule) or not signals or signals[0] is not call.args[0]:
             return None
-        call = replace(call, args=(signals[0], *_map(_held, call.args[1:])), kwargs=_map(_held, call.kwargs))
+        call = replace(call, args=(signals[0], *mapped(_held, call.args[1:])), kwargs=mapped(_held, call.kwargs))
         if call.name not in self._heads:
             return _ruling(call, function, rule), call
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
         roles = {"on_vector": operators.on_vector(signals[0], weight), "is_linear": weight.dim() == 2}
         return _ruling(call, function, rule, head_rule=self._heads[call.name][1], **roles), call
+
+    def _hand(self, call: Call, met: tuple[Ruling, Call] | None, run: Callable[[], Any]) -> Any:
+        """Run an operator that hands relevance on; None where this one cannot."""
+        kept = self._kept
+        if met is not None:
+            ruling, call = met
+        elif self._rules.get(call.name, (None, None))[1] == rules.ORDINARY and call.args:
+            ruling = _ruling(call, self._rules[call.name][0], self._rules[call.name][1])
+        else:
+            return None
+        begun = start(call, ruling.rule, ruling.function, kept.pack)
+        x, written = call.args[0], call.inplace
+        if begun is None or (written is not None and (written is not x or written._is_view())):
+            return None
+        if met is None:
+            self._unruled[call.name, rules.ORDINARY] += 1
+        else:
+            self._met.append(ruling)
+        self._release_below(ruling, x)
+        ruling.others = [t for t in operators.tensors((call.args[1:], call.kwargs)) if not t.requires_grad]
+        inplace = written is not None
+        if not (inplace and begun.is_kinked):
+            ruling.x = kept.pack(x)
+        if begun.run is None and not inplace:
+            run = partial(ruling.function, *call.args, **call.kwargs)
+        with kept.sparing(begun.spared if inplace else None):
+            if written is not None:
+                kept.copy(written)
+            o = Handed.apply(ruling, begun.run or run, begun.begin, inplace, *begun.signals)  # type: ignore[no-untyped-call]
+        if inplace and begun.is_kinked:
+            ruling.x = kept.pack(o)
+        return o
+
+    def _keep_outputs(self, call: Call) -> None:
+        """Keep the outputs that an operator takes which gives gradients back."""
+        for tensor in operators.tensors((call.args, call.kwargs)):
+            ruling = getattr(tensor.grad_fn, "ruling", None)
+            if ruling is not None and ruling.handing is not None and ruling.o is None:
+                ruling.o = self._kept.pack(tensor)
+
+    def _release_below(self, ruling: Ruling, x: Tensor) -> None:
+        """What is below an operator with weights is no head: let go of what a head needs."""
+        if not self._is_handing or ruling.head_rule is None:
+            return
+        for found in [getattr(node, "ruling", None) for node in _walk(x.grad_fn, stop=_is_settled)]:
+            if found is not None:
+                found.release()
 
     def _note(self, call: Call, output: Any) -> Any:
         """Remember an operator that met no rule, on the nodes of what it returned and in the coverage."""
@@ -260,14 +291,14 @@ class Backprop(TorchFunctionMode):
                 f"gradient is not passed off as its map (operators seen: {seen})"
             )
 
-    def arrived(self, count: int) -> list[bool]:
-        """Tell for each of ``count`` images whether any gradient arrived at the head in the last backward."""
+    def arrived(self, classes: int, count: int) -> list[list[bool]]:
+        """Tell for each class and image whether any gradient arrived at the head in the last backward."""
         found = [head.arrived for head in self.heads if head.arrived is not None]
         for head in self.heads:
             head.arrived = None
-        if any(len(flags) != count for flags in found):
-            return [True] * count
-        return [any(bool(flags[n]) for flags in found) for n in range(count)]
+        if any(flags.shape != (classes, count) for flags in found):
+            return [[True] * count] * classes
+        return [[any(bool(flags[k, n]) for flags in found) for n in range(count)] for k in range(classes)]
 
     def coverage(self) -> list[tuple[str, str | None, int]]:
         """List which operator met which rule how often; None for a weighted or curved operator that met none."""
@@ -281,11 +312,12 @@ class Backprop(TorchFunctionMode):
 
 
 @contextmanager
-def recording(table: rules.Table, f: float | None = None) -> Iterator[Backprop]:
+def recording(table: rules.Table, f: float | None = None, handing: bool = False) -> Iterator[Backprop]:
     """Run the body under a table of rules, with gradients on, and with what backward needs kept from in-place calls.
 
     Args:
         table: see `tsgb.rules`. ``f``: the number f of the head's rule; None takes the table's.
+        handing: whether rules hand relevance on where they can. Then what flows backward has to be a `Relevance`.
 
     Yields:
         The `Backprop` that records the body; the backward runs outside.
@@ -300,15 +332,21 @@ def recording(table: rules.Table, f: float | None = None) -> Iterator[Backprop]:
     kept = Kept()
     hooks = saved_tensors_hooks(kept.pack, kept.unpack)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), kept, hooks, Backprop(table, f) as run:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            kept,
+            hooks,
+            Backprop(table, f, kept, handing) as run,
+        ):
             yield run
     finally:
         kept.restore_random_state()
 
 
-def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Tensor], **roles: Any) -> _Ruling:
-    args, kwargs = _map(lambda _: _SLOT, (call.args[1:], call.kwargs))
-    return _Ruling(call.name, args, kwargs, function, rule, **roles)
+def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Tensor], **roles: Any) -> Ruling:
+    args, kwargs = mapped(lambda _: SLOT, (call.args[1:], call.kwargs))
+    return Ruling(call.name, args, kwargs, function, rule, **roles)
 
 
 def _constant(tensor: Tensor) -> Tensor:
@@ -329,22 +367,7 @@ def _separate(args: tuple[Any, ...], outputs: Any) -> Any:
 
 
 def _held(tensor: Tensor) -> Tensor:
-    return tensor.detach()
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors of an operator's arguments."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(function, item) for item in value)
-    if type(value) is dict:
-        return {key: _map(function, item) for key, item in value.items()}
-    return value
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _name(rule: Any) -> str:
@@ -359,6 +382,20 @@ def _notes(node: Node) -> dict[str, Any]:
 def _weighted(node: Node) -> bool:
     ruling = getattr(node, "ruling", None)
     return ruling is not None and ruling.head_rule is not None
+
+
+def _is_viewable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        with torch.no_grad():
+            func(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _is_settled(node: Node) -> bool:
+    ruling = getattr(node, "ruling", None)
+    return ruling is not None and (ruling.is_below or ruling.head_rule is not None)
 
 
 def _is_linear(node: Node | None) -> bool:

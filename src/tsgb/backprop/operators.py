@@ -98,6 +98,18 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return _SWAPS.get(call.name, _same)(call)
 
 
+def plain(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function; pooling of the whole map as the mean that it is, as torch restrides its result.
+
+    Example:
+        >>> plain(torch.nn.functional.adaptive_avg_pool2d, (torch.ones(1, 2, 3, 3), 1), {}).shape
+        torch.Size([1, 2, 1, 1])
+    """
+    if name(function) == "adaptive_avg_pool2d" and len(args) == 2 and not kwargs and args[1] in (1, (1, 1), [1, 1]):
+        return args[0].mean((-2, -1), keepdim=True)
+    return function(*args, **kwargs)
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
     """Iterate over the tensors in an operator's arguments: themselves, in lists, tuples and dicts.
 

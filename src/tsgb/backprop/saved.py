@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from . import operators
+from .relevance import LostError
 
 
-class _Cell:
+class Cell:
     """What autograd saved; weakly known to `Kept`, held by the graph alone."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self.is_spared = False
 
 
 class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -28,19 +32,60 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._states: tuple[Any, ...] | None = None
-        self._cells: dict[int, list[weakref.ref[_Cell]]] = {}
+        self._cells: dict[int, list[weakref.ref[Cell]]] = {}
+        self.torn: dict[int, Tensor] = {}  # copies in place of views, by their storage
 
-    def pack(self, tensor: Tensor) -> _Cell:
+    def pack(self, tensor: Tensor) -> Cell:
         """Take what autograd saves."""
         # An output in the hands of its own node would keep the graph alive, unseen by the collector, until it is run.
-        cell = _Cell(tensor.detach())
+        cell = Cell(tensor.detach())
         self._cells.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(cell))
         return cell
 
     @staticmethod
-    def unpack(cell: _Cell) -> Tensor:
+    def unpack(cell: Cell) -> Tensor:
         """Give it back as it was."""
         return cell.tensor
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run the body unwatched, as it writes on nothing that is kept and draws no random numbers."""
+        is_on = _get_current_dispatch_mode() is self
+        if is_on:
+            _pop_mode()
+        try:
+            yield
+        finally:
+            if is_on:
+                _push_mode(self)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run the body watched, within one that is not."""
+        is_off = _get_current_dispatch_mode() is not self
+        if is_off:
+            _push_mode(self)
+        try:
+            yield
+        finally:
+            if is_off:
+                _pop_mode()
+
+    def is_innermost(self) -> bool:
+        """Tell whether what autograd saves now comes to `pack`, and not to hooks that were set later."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and hooks[0] == self.pack
+
+    @contextmanager
+    def sparing(self, cell: Cell | None) -> Iterator[None]:
+        """Let the body write on one tensor that is kept."""
+        if cell is not None:
+            cell.is_spared = True
+        try:
+            yield
+        finally:
+            if cell is not None:
+                cell.is_spared = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,7 +95,7 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = args[position] if position < len(args) else kwargs.get(argument.name)
                 for tensor in operators.tensors(written):
-                    self._copy(tensor)
+                    self.copy(tensor)
         return func(*args, **kwargs)
 
     def restore_random_state(self) -> None:
@@ -60,11 +105,17 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for device, state in enumerate(self._states[1]):
                 torch.cuda.set_rng_state(state, device)
 
-    def _copy(self, tensor: Tensor) -> None:
+    def copy(self, tensor: Tensor) -> None:
+        """Copy what is kept of a tensor that is about to be written on."""
         copies: dict[Any, Tensor] = {}  # one for all cells that hold the same view
-        for reference in self._cells.pop(tensor.untyped_storage()._cdata, []):
+        storage = tensor.untyped_storage()._cdata
+        if storage in self.torn:
+            raise LostError("the model writes on a view that was copied")
+        for reference in self._cells.pop(storage, []):
             cell = reference()
-            if cell is not None:
+            if cell is not None and cell.is_spared:
+                self._cells.setdefault(storage, []).append(reference)
+            elif cell is not None:
                 view = cell.tensor.data_ptr(), cell.tensor.shape, cell.tensor.stride(), cell.tensor.dtype
                 if view not in copies:
                     copies[view] = cell.tensor.clone()

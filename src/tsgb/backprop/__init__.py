@@ -1,0 +1,22 @@
+"""The mechanism: one forward and one backward of any model under a table of rules.
+
+`mode` sees the model's calls and puts `nodes` into autograd's graph. They run rules in their plain form (`tsgb.rules`),
+gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing` and `windows` how.
+`operators` reads how torch spells its operators, `saved` keeps what backward needs from in-place calls.
+"""
+
+from .mode import Backprop, CoverageError, recording
+from .relevance import Gradient, LostError, Product, Relevance, Summed, dense, summed
+
+__all__ = [
+    "Backprop",
+    "CoverageError",
+    "Gradient",
+    "LostError",
+    "Product",
+    "Relevance",
+    "Summed",
+    "dense",
+    "recording",
+    "summed",
+]

@@ -1,0 +1,217 @@
+"""The nodes that operators with a rule put into autograd's graph.
+
+`Ruled` runs a rule in its plain form, gradient in and gradient out, class by class; `Handed` one that hands relevance
+on, see `handing`. Both carry a `Ruling`, by which the mechanism finds them in the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .handing import GRADIENT, Handing
+from .relevance import Dense, Gradient, LostError, Part, Relevance
+from .saved import Cell
+
+__all__ = ["SLOT", "Handed", "Ruled", "Ruling", "mapped"]
+
+SLOT = torch.empty(0)
+_NESTING = (Tensor, tuple, list, dict)
+
+
+@dataclass
+class Ruling:
+    """An operator that met a rule.
+
+    It lives on the operator's node, so it holds no tensors of the graph: through one that an in-place call changed, the
+    node would keep itself alive. The tensors of the call's arguments are what autograd saves; `SLOT` stands in their
+    places. Cells hold tensors that are cut off from the graph.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    function: Callable[..., Tensor]
+    rule: Callable[..., Tensor]
+    head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
+    on_vector: bool = False
+    is_linear: bool = False
+    is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
+    f: float | None = None  # set on the heads, with the number of images
+    count: int = 0
+    arrived: Tensor | None = None  # of a head: per class and image, whether any gradient arrived in this backward
+    handing: Handing | None = None
+    is_below: bool = False  # whether something with weights is known to come after it
+    x: Cell | None = None  # until then, the input and the other tensors: a head needs them, and what is above it
+    others: list[Tensor] = field(default_factory=list)
+    o: Cell | None = None  # the output, where something that takes it gives gradients back
+
+    def backward(self, grad: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
+        """Apply the rule in float32 at least, and hand on what the type of x can hold.
+
+        ``o`` is the output where the rule asks for it, ``others`` are the tensors among the call's other arguments.
+        """
+        tensors = iter(others)
+        args, kwargs = mapped(lambda _: _single(next(tensors)), (self.args, self.kwargs))
+        with torch.autocast(x.device.type, enabled=False):
+            if self.is_ordinary:
+                with torch.enable_grad():
+                    leaf = _single(x).detach().requires_grad_()
+                    (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, _single(grad))
+            elif self.f is None:
+                output = {} if o is None else {"o": _single(o)}
+                grad_x = self.rule(_single(grad), _single(x), *args, **output, **kwargs)
+            else:
+                assert self.head_rule is not None
+                # Features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image.
+                swapped = self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
+                grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
+                grad_x = self.head_rule(_single(grad), _single(features), *args, f=self.f, **kwargs)
+                grad_x = grad_x.transpose(0, 1) if swapped else grad_x
+        if grad_x.dtype != x.dtype:
+            largest = torch.finfo(x.dtype).max
+            grad_x = grad_x.clamp(-largest, largest).to(x.dtype)
+        return grad_x
+
+    def classes(self, grads: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
+        """Apply `backward` to the gradients of several classes (K, *out)."""
+        if self.f is not None:
+            self._note_arrivals(grads, x)
+        if x.dim() == 2 and len(x) == len(grads[0]) and o is None:  # rows, of which none knows of another
+            rows = self.backward(grads.flatten(0, 1), x.repeat(len(grads), 1), None, others)
+            return rows.reshape(len(grads), len(x), -1)
+        return torch.stack([self.backward(grad, x, o, others) for grad in grads])
+
+    def release(self) -> None:
+        """Let go of what only a head, or what is above it, needs."""
+        self.is_below, self.x, self.others = True, None, []
+
+    def _note_arrivals(self, grads: Tensor, x: Tensor) -> None:
+        swapped = self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
+        self.arrived = (grads.transpose(1, 2) if swapped else grads).flatten(2).any(2)
+
+
+class Ruled(torch.autograd.Function):
+    """An operator with a rule in its plain form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ruling: Ruling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the operator."""
+        o = ruling.function(x, *args, **kwargs)
+        ctx.ruling = ruling
+        ctx.save_for_backward(x, o if _wants_output(ruling.rule) else None, *operators.tensors((args, kwargs)))
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Run the rule."""
+        x, o, *others = ctx.saved_tensors
+        ruling, grad = ctx.ruling, grads[0]
+        if isinstance(grad, Relevance):
+            values = ruling.classes(grad.gradients(), x, o, others)
+            return Relevance(x.shape, x.dtype, [Gradient(_single(values))]), None, None, None
+        if ruling.f is not None:
+            ruling._note_arrivals(grad[None], x)
+        return ruling.backward(grad, x, o, others), None, None, None
+
+
+class Handed(torch.autograd.Function):
+    """An operator that hands relevance on; in place where its ruling says so."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ruling: Ruling,
+        run: Callable[[], Tensor],
+        begin: Callable[[Tensor], Handing],
+        inplace: bool,
+        *signals: Tensor,
+    ) -> Tensor:
+        """Run the operator, and let the rule keep what it needs."""
+        ctx.set_materialize_grads(False)
+        ctx.ruling = ruling
+        o = run()
+        if inplace:
+            ctx.mark_dirty(signals[0])
+        ruling.handing = begin(o)
+        ctx.kinds = [(signal.shape, signal.dtype) for signal in signals]
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Hand on what arrives."""
+        ruling, grad = ctx.ruling, grads[0]
+        nothing = (None, None, None, None)
+        if grad is None:
+            return (*nothing, *(None for _ in ctx.kinds))
+        if not isinstance(grad, Relevance):
+            raise LostError("a gradient of one class arrived")
+        with torch.autocast(grad.device.type, enabled=False):
+            if ruling.is_ordinary or ruling.f is not None:
+                given = _above(ruling, grad, len(ctx.kinds))
+            else:
+                wants_gradient = ruling.handing.takes == GRADIENT
+                parts = [Gradient(grad.gradients())] if wants_gradient else _relevance(grad.parts, ruling.o)
+                given = ruling.handing.hand(parts)
+        if not _is_kept():
+            ruling.handing.forget()
+        made = [Relevance(shape, dtype, parts) for (shape, dtype), parts in zip(ctx.kinds, given, strict=True)]
+        return (*nothing, *made)
+
+
+def _is_kept() -> bool:
+    """Tell whether the graph is to be run again."""
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
+
+
+def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:
+    """The gradients below the head, and below what is above it."""
+    grads = grad.gradients()
+    if count > 1:
+        return [[Gradient(grads)] for _ in range(count)]  # a sum
+    if ruling.x is None:
+        raise LostError("the input of the head was let go")
+    x = ruling.x.tensor
+    given = _single(ruling.classes(grads, x, None, ruling.others))
+    is_relevance = ruling.f is not None and ruling.handing is not None and ruling.handing.below != GRADIENT
+    return [[Dense(given * _single(x)) if is_relevance else Gradient(given)]]
+
+
+def _relevance(parts: Sequence[Part], o: Cell | None) -> list[Part]:
+    """Turn gradients into relevance."""
+    found: list[Part] = []
+    for part in parts:
+        if isinstance(part, Gradient):
+            if o is None:
+                raise LostError("an output was let go for which gradients arrived")
+            found.append(Dense(part.values * _single(o.tensor)))
+        else:
+            found.append(part)
+    return found
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors of an operator's arguments."""
+    if isinstance(value, Tensor):
+        return function(value)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([mapped(function, item) if isinstance(item, _NESTING) else item for item in value])
+    if kind is dict:
+        return {key: mapped(function, item) for key, item in value.items()}
+    return value
+
+
+def _wants_output(rule: Callable[..., Any]) -> bool:
+    return "o" in inspect.signature(rule).parameters
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

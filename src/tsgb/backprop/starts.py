@@ -1,0 +1,181 @@
+"""How an operator that can hand relevance on begins to: whether it can here, how it is run, what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rules
+from .handing import GRADIENT, Convolution, Handing, MaxPool, Mean, Passing, Sum, Takes
+from .operators import Call
+from .saved import Cell
+
+__all__ = ["Start", "producer", "start"]
+
+Keep = Callable[[Tensor], Cell]
+
+
+@dataclass(frozen=True)
+class Start:
+    """An operator about to run.
+
+    Attributes:
+        signals: the operands that depend on the image.
+        begin: called with the output.
+        run: runs the operator, where it is not to run as the model called it.
+        is_kinked: whether its derivative at the input is that at the output, which an in-place call leaves.
+        spared: what was kept and may be written on, as nothing arrives where it changes.
+    """
+
+    signals: tuple[Tensor, ...]
+    begin: Callable[[Tensor], Handing]
+    run: Callable[[], Tensor] | None = None
+    is_kinked: bool = False
+    spared: Cell | None = None
+
+
+def start(call: Call, rule: Any, function: Callable[..., Tensor], keep: Keep) -> Start | None:
+    """Begin to hand relevance on, where the rule can and what came before takes relevance; else None.
+
+    Args:
+        call: the operator, its first operand the signal. ``function``: the torch function that the table names.
+        rule: of the table. ``keep``: makes cells.
+    """
+    form = rule.func if isinstance(rule, partial) else rule
+    if form in (rules.conv, rules.conv_lumped):
+        return _convolution(call.args[0], form is rules.conv_lumped, keep, *call.args[1:], **call.kwargs)
+    if form in (rules.activation, rules.shift, rules.gate):
+        return _passing(call, form, function)
+    if rule == rules.ORDINARY and call.name == "add":
+        return _sum(call, keep)
+    if rule == rules.ORDINARY and call.name == "max_pool2d":
+        return _max_pool(call.args[0], *call.args[1:], **call.kwargs)
+    if rule == rules.ORDINARY and call.name == "mean":
+        return _mean(call.args[0], keep, *call.args[1:], **call.kwargs)
+    if rule == rules.ORDINARY and call.name == "adaptive_avg_pool2d":
+        return _pool(call.args[0], keep, *call.args[1:], **call.kwargs)
+    return None
+
+
+def producer(x: Tensor) -> Handing | None:
+    """What handed relevance on to where a tensor came from, if anything does."""
+    ruling = getattr(x.grad_fn, "ruling", None)
+    return None if ruling is None else ruling.handing
+
+
+def _taken(x: Tensor) -> Takes:
+    handing = producer(x)
+    return GRADIENT if handing is None else handing.takes
+
+
+def _is_positive(x: Tensor) -> bool:
+    handing = producer(x)
+    return handing is not None and handing.is_positive
+
+
+def _convolution(
+    x: Tensor,
+    is_lumped: bool,
+    keep: Keep,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Start | None:
+    if x.dim() < weight.dim():
+        return None
+    fields, below, is_positive = 1 if is_lumped else groups, _taken(x), _is_positive(x)
+    geometry = stride, padding, dilation
+    return Start((x,), lambda o: Convolution(x, o, weight, bias, geometry, fields, below, is_positive, keep))
+
+
+def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | None:
+    x = call.args[0]
+    before = producer(x)
+    if before is None or before.takes == GRADIENT:
+        return None
+    bounds = [value for value in call.args[1:2] if isinstance(value, (int, float))]
+    is_positive = function in rules.RELUS or (call.name == "hardtanh" and bool(bounds) and bounds[0] >= 0)
+    if form is rules.activation:
+        if not _is_zero_at_zero(function, x, call):
+            return None
+        spared = before.o if isinstance(before, Sum) and function is rules.RELUS[0] else None
+        passing = Passing(before.takes, is_positive, has_zeros=True)
+        return Start((x,), lambda _: passing, is_kinked=function in rules.KINKED, spared=spared)
+    if form is rules.shift and before.has_zeros:
+        return None  # a shift turns zeros into numbers, whose relevance has nowhere to go
+    if call.name != "batch_norm" and any(_widens(x, other) for other in call.args[1:2]):
+        return None
+    return Start((x,), lambda _: Passing(before.takes, is_positive=False, has_zeros=form is rules.gate))
+
+
+def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> bool:
+    if function in rules.KINKED and len(call.args) == 1 and not call.kwargs:
+        return True
+    return not function(x.new_zeros(1), *call.args[1:], **call.kwargs).any()
+
+
+def _widens(x: Tensor, other: Any) -> bool:
+    if not isinstance(other, Tensor):
+        return False
+    return bool(torch.broadcast_shapes(x.shape, other.shape) != x.shape)  # type: ignore[no-untyped-call]
+
+
+def _sum(call: Call, keep: Keep) -> Start | None:
+    if len(call.args) != 2 or call.kwargs or not all(isinstance(t, Tensor) and t.requires_grad for t in call.args):
+        return None
+    a, b = call.args
+    before = producer(a), producer(b)
+    if before[0] is None or before[1] is None or a.shape != b.shape or a.dtype != b.dtype:
+        return None
+    below = before[0].takes, before[1].takes
+    has_zeros = before[0].has_zeros and before[1].has_zeros
+    return Start((a, b), lambda o: Sum(b, o, below, has_zeros, keep))
+
+
+def _mean(x: Tensor, keep: Keep, dim: Any = None, keepdim: bool = False, **options: Any) -> Start | None:
+    """The mean over all positions."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    is_whole = isinstance(dims, (tuple, list)) and sorted(d % x.dim() for d in dims) == [*range(2, x.dim())]
+    if options or not is_whole or x.dim() < 3 or _taken(x) == GRADIENT:
+        return None
+    return Start((x,), lambda _: Mean(x, keep))
+
+
+def _pool(x: Tensor, keep: Keep, output_size: Any) -> Start | None:
+    if x.dim() != 4 or output_size not in (1, (1, 1), [1, 1]):
+        return None
+    begun = _mean(x, keep, (2, 3))
+    return None if begun is None else replace(begun, run=lambda: x.mean((2, 3), keepdim=True))
+
+
+def _max_pool(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Start | None:
+    if x.dim() != 4 or return_indices or producer(x) is None:
+        return None
+    below, is_positive = _taken(x), _is_positive(x)
+    steps = stride if stride is not None and stride != [] else kernel_size
+    pairs = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, steps, padding, dilation)]
+    places: list[Tensor] = []
+
+    def run() -> Tensor:
+        o: Tensor
+        o, indices = torch.ops.aten.max_pool2d_with_indices(x, *pairs, ceil_mode)
+        places.append(indices)
+        return o
+
+    return Start((x,), lambda _: MaxPool(x, places[0], (*pairs, ceil_mode), below, is_positive), run)

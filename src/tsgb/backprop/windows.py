@@ -1,0 +1,159 @@
+"""Sums over the windows that a convolution or pooling sees, and their transpose, by shifted additions.
+
+A kernel of ones is separable, so a window of k x k costs 2 k additions of one-channel maps and no convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Windows"]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where the windows of a convolution lie: one number a spatial dimension in each tuple.
+
+    Attributes:
+        kernel: their size. ``stride``: from one to the next. ``before``, ``after``: the padding at both ends.
+        dilation: from one of a window's positions to the next.
+
+    Example:
+        >>> windows = Windows.of((3,), 1, "same", 1)
+        >>> windows.sums(torch.ones(1, 1, 4))
+        tensor([[[2., 3., 3., 2.]]])
+        >>> windows.spread(torch.tensor([[[0.0, 1.0, 0.0, 0.0]]]), (4,))
+        tensor([[[1., 1., 1., 0.]]])
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> Windows:
+        """Read the arguments of ``torch.nn.functional.conv2d`` and its kin."""
+        kernel = tuple(kernel)
+        stride, dilation = _each(stride, len(kernel)), _each(dilation, len(kernel))
+        if padding == "same":
+            total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+            before, after = tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+        else:
+            before = after = _each(0 if padding == "valid" else padding, len(kernel))
+        return cls(kernel, stride, before, after, dilation)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether each window is one position, and every position has its own."""
+        ones, zeros = (1,) * len(self.kernel), (0,) * len(self.kernel)
+        return self.kernel == self.stride == ones and self.before == self.after == zeros
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum over each window: (N, G, *in) to (N, G, *out)."""
+        if self.is_point:
+            return x
+        if self._is_even and x.shape[1] > 1:
+            return self._convolved(x, self.stride, self.before)
+        x = functional.pad(x, [n for ends in zip(self.before[::-1], self.after[::-1], strict=True) for n in ends])
+        for place, (k, step, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            dim = place - len(self.kernel)
+            count = (x.shape[dim] - d * (k - 1) - 1) // step + 1
+            total = _every(x, dim, 0, step, count).clone()
+            for j in range(1, k):
+                total += _every(x, dim, j * d, step, count)
+            x = total
+        return x
+
+    def spread(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Give each window's value to all its positions, added up where they meet: (..., G, *out) to (..., G, *in)."""
+        if self.is_point:
+            return x
+        if self._is_even and x.shape[-1 - len(self.kernel)] > 1:
+            leading = x.shape[: -1 - len(self.kernel)]
+            spread = self._spread_convolved(x.flatten(0, len(leading) - 1), size)
+            return spread.reshape(*leading, *spread.shape[1:])
+        for place, (k, step, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            dim = place - len(self.kernel)
+            first, count = self.before[place], x.shape[dim]
+            shape = list(x.shape)
+            shape[dim] = first + size[place] + self.after[place]
+            total = x.new_zeros(shape)
+            for j in range(k):
+                _every(total, dim, j * d, step, count).add_(x)
+            x = total.narrow(dim, first, size[place])
+        return x
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether the transpose of a convolution with these windows is one too, with windows as large."""
+        return self.before == self.after and all(b <= reach for b, reach in zip(self.before, self._reach, strict=True))
+
+    @property
+    def _reach(self) -> tuple[int, ...]:
+        return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    def _convolved(self, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+        """Window sums of many channels (N, G, *), where one convolution takes less than many additions."""
+        convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.kernel) - 1]
+        ones = x.new_ones(x.shape[1], 1, *self.kernel)
+        return convolution(x, ones, None, stride, padding, self.dilation, x.shape[1])
+
+    def _spread_convolved(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        if any(step > 1 for step in self.stride):
+            ends = [n + 2 * b - r for n, b, r in zip(size, self.before, self._reach, strict=True)]
+            last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            form = torch.channels_last if last else torch.contiguous_format
+            apart = torch.empty(*x.shape[:2], *ends, dtype=x.dtype, device=x.device, memory_format=form).zero_()
+            places = [slice(0, (n - 1) * step + 1, step) for n, step in zip(x.shape[2:], self.stride, strict=True)]
+            apart[(slice(None), slice(None), *places)] = x
+            x = apart
+        return self._convolved(x, (1,) * len(size), tuple(r - b for r, b in zip(self._reach, self.before, strict=True)))
+
+    def spread_products(self, field: Tensor, weighting: Tensor, size: Tensor) -> Tensor:
+        """Sum over g of ``size * spread(field * weighting)``, with the work for each place in the window done once.
+
+        Args:
+            field: (K, N, 1, *out). ``weighting``: (N, G, *out). ``size``: (N, G, *in).
+
+        Returns:
+            (K, N, 1, *in).
+        """
+        whole = functional.pad(size, [n for e in zip(self.before[::-1], self.after[::-1], strict=True) for n in e])
+        total = field.new_zeros(*field.shape[:2], 1, *whole.shape[2:])
+        for offset in product(*(range(k) for k in self.kernel)):
+            seen, given = whole, total
+            for place, j in enumerate(offset):
+                step, count, d = self.stride[place], weighting.shape[2 + place], self.dilation[place]
+                seen = _every(seen, 2 + place, j * d, step, count)
+                given = _every(given, 3 + place, j * d, step, count)
+            given.addcmul_(field, (weighting * seen).sum(1, keepdim=True))
+        for place, first in enumerate(self.before):
+            total = total.narrow(3 + place, first, size.shape[2 + place])
+        return total
+
+    def reaching(self, size: Sequence[int], out: Sequence[int]) -> Windows:
+        """The same windows with as much padding after ``size`` positions as ``out`` windows need."""
+        parts = zip(self.kernel, self.stride, self.before, self.dilation, size, out, strict=True)
+        after = tuple(max(0, (m - 1) * s + d * (k - 1) + 1 - n - b) for k, s, b, d, n, m in parts)
+        return replace(self, after=after)
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,)
+    return values * count if len(values) == 1 else values
+
+
+def _every(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
+    """``count`` positions along a dimension, from ``start`` on, every ``step``-th."""
+    slices = [slice(None)] * x.dim()
+    slices[dim] = slice(start, start + (count - 1) * step + 1, step)
+    return x[tuple(slices)]
