@@ -17,7 +17,8 @@ from tsgb.methods import METHODS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
-_CLEAR = "pointing,energy,box_ap,box_accuracy,max_box_accuracy"
+_BOXES = "box_accuracy,max_box_accuracy"
+_CLEAR = f"pointing,energy,box_ap,{_BOXES}"
 _MASKS = f"mask_ap,{_CLEAR}"
 _CHECKS = "insertion,deletion,sensitivity,random_logit,cascade"
 _ALL = (
@@ -52,6 +53,7 @@ RUNS: dict[str, str] = {
     **{f"imagenet-{name}": _run(name, "imagenet_val400", _ALL, _CLEAR, 100) for name in _IMAGENET},
     **{f"masks-{name}": _run(name, "coco_voc", _ALL, _MASKS) for name in _IMAGENET},
     "voc-deeplab": _run("deeplab", "coco_voc", _LARGE, "mask_ap,pointing,energy,box_ap", 40),
+    "checks-deeplab": _run("deeplab", "coco_voc", _CHECKED, f"{_BOXES},sensitivity,random_logit", 20),
     **{f"grids-{name}": _run(name, "imagenet_single400", _LARGE, "grid,grid_ap") for name in _IMAGENET},
     **{f"checks-{name}": _run(name, "imagenet_val400", _CHECKED, _CHECKS, 20) for name in _IMAGENET},
     "checks-scenes": _run("bundled", "", _CHECKED, _CHECKS, 20),
