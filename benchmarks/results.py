@@ -80,7 +80,7 @@ def main() -> None:
             raise SystemExit(f"{name} did not end: {shlex.join(command)}")
         table = made.read_text().partition("## Protocol")[0].replace(str(args.shared), "$SHARED")
         table = re.sub("^## ", "### ", table, flags=re.MULTILINE)  # below the page's own sections
-        PAGE.write_text(filled(PAGE.read_text(), name, f"    tsgb bench {RUNS[name]}\n\n{table}"))
+        PAGE.write_text(filled(PAGE.read_text(), name, f"```\ntsgb bench {RUNS[name]}\n```\n\n{table}"))
     PAGE.write_text(filled(PAGE.read_text(), "protocol", protocol()))
 
 
