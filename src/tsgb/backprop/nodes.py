@@ -166,9 +166,9 @@ class Handed(torch.autograd.Function):
 
 
 def _is_kept() -> bool:
-    """Tell whether the graph is to be run again."""
-    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    return kept
+    """Tell whether the graph may be run again; a torch that cannot say keeps what is kept until the graph goes."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:

@@ -72,8 +72,9 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 _pop_mode()
 
     def is_innermost(self) -> bool:
-        """Tell whether what autograd saves now comes to `pack`, and not to hooks that were set later."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        """Tell whether what autograd saves now comes to `pack`, not to later hooks; False where torch cannot say."""
+        ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        hooks = None if ask is None else ask(True)
         return hooks is not None and hooks[0] == self.pack
 
     @contextmanager
