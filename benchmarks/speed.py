@@ -164,8 +164,8 @@ def _targets(batch: int, k: int, device: str) -> Tensor:
 
 
 def _last_features(model: nn.Module) -> nn.Module:
-    layers = [getattr(model, name) for name in ("layer4", "features") if hasattr(model, name)]
-    return layers[0]
+    found: nn.Module = next((getattr(model, name) for name in ("layer4", "features") if hasattr(model, name)), model)
+    return found if found is not model else next(model.children())
 
 
 def _plainly(table: rules.Table) -> rules.Table:
