@@ -8,6 +8,7 @@ the channels alone. It is told what each of its inputs' producers takes: a ``GRA
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rules.formulas import EPS
-from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, summed
+from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
 
@@ -43,7 +44,7 @@ _MANY = 3  # classes from which on what they share is worked out once and not fo
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 
 
-class Handing:
+class Handing(ABC):
     """One operator of a forward; ``takes`` is what it wants of the relevance that arrives."""
 
     takes: Takes = SUMS
@@ -51,12 +52,12 @@ class Handing:
     is_positive = False  # whether no value of the output is below 0, where that is known
     has_zeros = True  # whether values of the output may be 0 and yet not tell that nothing arrives there
 
+    @abstractmethod
     def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
         """From the relevance that arrives to what each input is given."""
-        raise NotImplementedError
 
-    def forget(self) -> None:
-        """Let go of what was kept, as it has been used."""
+    def forget(self) -> None:  # noqa: B027
+        """Let go of what was kept, as it has been used; here nothing."""
 
 
 class Image(Handing):
@@ -138,7 +139,7 @@ class Convolution(Handing):
             return [[Product(field, self._total, None)]]
         if self.below == CHANNELS:
             return [[Product(field, self._total, self._sizes())]]
-        return [[Gradient(field * _single(self._input()).sign())]]
+        return [[Gradient(field * single(self._input()).sign())]]
 
     def _grouped(self, parts: Sequence[Part]) -> Part:
         sizes = self._sizes()
@@ -149,7 +150,7 @@ class Convolution(Handing):
             return Summed(torch.cat([sums(_cut(parts, rows), size[rows]) for rows in pieces], 1))
         n = self._windows.sums(size) + EPS
         field = self._windows.spread(_grouped(dense(parts), self._fields, 2).div_(n), self._size)
-        factor = sizes if self.below == CHANNELS else _single(self._input()).sign()
+        factor = sizes if self.below == CHANNELS else single(self._input()).sign()
         values = (field.unsqueeze(3) * _unflattened(factor, self._fields, 1)).flatten(2, 3)
         return Dense(values) if self.below == CHANNELS else Gradient(values)
 
@@ -173,7 +174,7 @@ class Convolution(Handing):
         return self._x.tensor
 
     def _sizes(self) -> Tensor:
-        x = _single(self._input())
+        x = single(self._input())
         return x if self._is_positive else x.abs()
 
 
@@ -204,8 +205,8 @@ class Sum(Handing):
         """Give both operands their shares."""
         if self._b is None or self.o is None:
             raise LostError("the operands of a sum were let go")
-        share = _single(self.o.tensor) + _TINY
-        torch.div(_single(self._b.tensor), share, out=share)
+        share = single(self.o.tensor) + _TINY
+        torch.div(single(self._b.tensor), share, out=share)
         count = _count(parts)
         products = [part for part in parts if isinstance(part, Product)]
         if len(products) > count or count == 1:  # then the classes' own channels are less work than the products'
@@ -246,7 +247,7 @@ class Mean(Handing):
         """Give each channel its weight."""
         if self._x is None:
             raise LostError("the input of a mean was let go")
-        x = _single(self._x.tensor)
+        x = single(self._x.tensor)
         given: list[Part] = []
         for part in parts:
             assert isinstance(part, Gradient)
@@ -377,7 +378,3 @@ def _grouped(x: Tensor, fields: int, dim: int) -> Tensor:
 
 def _unflattened(x: Tensor, fields: int, dim: int) -> Tensor:
     return x.reshape(*x.shape[:dim], fields, -1, *x.shape[dim + 1 :])
-
-
-def _single(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import operators
 from .handing import GRADIENT, Handing
-from .relevance import Dense, Gradient, LostError, Part, Relevance
+from .relevance import Dense, Gradient, LostError, Part, Relevance, of_type, single
 from .saved import Cell
 
 __all__ = ["SLOT", "Handed", "Ruled", "Ruling", "mapped"]
@@ -58,26 +58,22 @@ class Ruling:
         ``o`` is the output where the rule asks for it, ``others`` are the tensors among the call's other arguments.
         """
         tensors = iter(others)
-        args, kwargs = mapped(lambda _: _single(next(tensors)), (self.args, self.kwargs))
+        args, kwargs = mapped(lambda _: single(next(tensors)), (self.args, self.kwargs))
         with torch.autocast(x.device.type, enabled=False):
             if self.is_ordinary:
                 with torch.enable_grad():
-                    leaf = _single(x).detach().requires_grad_()
-                    (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, _single(grad))
+                    leaf = single(x).detach().requires_grad_()
+                    (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, single(grad))
             elif self.f is None:
-                output = {} if o is None else {"o": _single(o)}
-                grad_x = self.rule(_single(grad), _single(x), *args, **output, **kwargs)
+                output = {} if o is None else {"o": single(o)}
+                grad_x = self.rule(single(grad), single(x), *args, **output, **kwargs)
             else:
                 assert self.head_rule is not None
-                # Features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image.
-                swapped = self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
+                swapped = self._is_swapped(x)
                 grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
-                grad_x = self.head_rule(_single(grad), _single(features), *args, f=self.f, **kwargs)
+                grad_x = self.head_rule(single(grad), single(features), *args, f=self.f, **kwargs)
                 grad_x = grad_x.transpose(0, 1) if swapped else grad_x
-        if grad_x.dtype != x.dtype:
-            largest = torch.finfo(x.dtype).max
-            grad_x = grad_x.clamp(-largest, largest).to(x.dtype)
-        return grad_x
+        return of_type(grad_x, x.dtype)
 
     def classes(self, grads: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
         """Apply `backward` to the gradients of several classes (K, *out)."""
@@ -93,8 +89,11 @@ class Ruling:
         self.is_below, self.x, self.others = True, None, []
 
     def _note_arrivals(self, grads: Tensor, x: Tensor) -> None:
-        swapped = self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
-        self.arrived = (grads.transpose(1, 2) if swapped else grads).flatten(2).any(2)
+        self.arrived = (grads.transpose(1, 2) if self._is_swapped(x) else grads).flatten(2).any(2)
+
+    def _is_swapped(self, x: Tensor) -> bool:
+        """Tell features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image."""
+        return self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
 
 
 class Ruled(torch.autograd.Function):
@@ -115,7 +114,7 @@ class Ruled(torch.autograd.Function):
         ruling, grad = ctx.ruling, grads[0]
         if isinstance(grad, Relevance):
             values = ruling.classes(grad.gradients(), x, o, others)
-            return Relevance(x.shape, x.dtype, [Gradient(_single(values))]), None, None, None
+            return Relevance(x.shape, x.dtype, [Gradient(single(values))]), None, None, None
         if ruling.f is not None:
             ruling._note_arrivals(grad[None], x)
         return ruling.backward(grad, x, o, others), None, None, None
@@ -179,9 +178,9 @@ def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:
     if ruling.x is None:
         raise LostError("the input of the head was let go")
     x = ruling.x.tensor
-    given = _single(ruling.classes(grads, x, None, ruling.others))
+    given = single(ruling.classes(grads, x, None, ruling.others))
     is_relevance = ruling.f is not None and ruling.handing is not None and ruling.handing.below != GRADIENT
-    return [[Dense(given * _single(x)) if is_relevance else Gradient(given)]]
+    return [[Dense(given * single(x)) if is_relevance else Gradient(given)]]
 
 
 def _relevance(parts: Sequence[Part], o: Cell | None) -> list[Part]:
@@ -191,7 +190,7 @@ def _relevance(parts: Sequence[Part], o: Cell | None) -> list[Part]:
         if isinstance(part, Gradient):
             if o is None:
                 raise LostError("an output was let go for which gradients arrived")
-            found.append(Dense(part.values * _single(o.tensor)))
+            found.append(Dense(part.values * single(o.tensor)))
         else:
             found.append(part)
     return found
@@ -211,7 +210,3 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def _wants_output(rule: Callable[..., Any]) -> bool:
     return "o" in inspect.signature(rule).parameters
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

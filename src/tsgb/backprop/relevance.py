@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Dense", "Gradient", "LostError", "Part", "Product", "Relevance", "Summed", "dense", "summed"]
+__all__ = [
+    "Dense",
+    "Gradient",
+    "LostError",
+    "Part",
+    "Product",
+    "Relevance",
+    "Summed",
+    "dense",
+    "of_type",
+    "single",
+    "summed",
+]
 
 
 class LostError(Exception):
@@ -135,7 +147,7 @@ class Relevance(Tensor):
         if func._schema.is_mutable or func is torch.ops.aten.as_strided.default:
             raise LostError(f"{func} writes on what flows backward")
         flat, form = tree_flatten((args, kwargs or {}))
-        values = [_of_type(x.gradients(), x.dtype) if isinstance(x, Relevance) else None for x in flat]
+        values = [of_type(x.gradients(), x.dtype) if isinstance(x, Relevance) else None for x in flat]
         count = next(len(v) for v in values if v is not None)
         made = []
         for k in range(count):
@@ -152,7 +164,7 @@ def _gathered(column: tuple[Any, ...]) -> Any:
     if not isinstance(column[0], Tensor):
         return column[0]
     values = column[0][None] if len(column) == 1 else torch.stack(column)
-    return Relevance(column[0].shape, column[0].dtype, [Gradient(_single(values))])
+    return Relevance(column[0].shape, column[0].dtype, [Gradient(single(values))])
 
 
 def _merged(parts: Sequence[Part]) -> list[Part]:
@@ -184,11 +196,12 @@ def _sum(part: Part) -> Tensor:
     raise LostError("a gradient arrived where relevance was wanted")
 
 
-def _single(tensor: Tensor) -> Tensor:
+def single(tensor: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _of_type(values: Tensor, dtype: torch.dtype) -> Tensor:
+def of_type(values: Tensor, dtype: torch.dtype) -> Tensor:
     """What a type can hold of values."""
     if values.dtype == dtype:
         return values
