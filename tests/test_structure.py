@@ -11,12 +11,14 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tsgb"
 
 # Who may import whom, directly.
 ARROWS = {
-    "rules": set(),
-    "backprop": {"rules"},
-    "targets": set(),
+    "tracing": set(),
+    "rules": {"tracing"},
+    "backprop": {"rules", "tracing"},
+    "targets": {"tracing"},
     "checks": {"rules", "targets", "backprop"},
     "explanation": {"render", "pictures", "preprocessing", "regions"},
-    "attribution": {"rules", "backprop", "targets", "checks", "explanation"},
+    "passes": {"rules", "backprop", "targets", "checks", "explanation", "tracing"},
+    "attribution": {"rules", "backprop", "targets", "checks", "explanation", "passes"},
     "doctor": {"rules", "attribution", "explanation"},
     "pictures": set(),
     "preprocessing": set(),
@@ -47,7 +49,7 @@ ARROWS = {
     },
     "cli": {"report", "doctor", "bench", "models", "pictures", "render", "scenes"},
 }
-TORCH_ONLY = ("rules", "backprop", "targets", "checks", "attribution")
+TORCH_ONLY = ("tracing", "rules", "backprop", "targets", "checks", "passes", "attribution")
 LATE = ("explanation", "cli")  # what they import of the package, they import when called
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, targets
+from . import checks, passes, targets
 from . import rules as rule_tables
-from .backprop import Backprop, CoverageError, Gradient, LostError, Product, Relevance, Summed, dense, recording, summed
-from .explanation import Explanation, Row
+from .backprop import CoverageError, LostError
+from .explanation import Explanation
+from .passes import NOTHING, Facts, Pass, Request
 from .targets import Target
 
 __all__ = ["TSGB", "explain"]
-
-# Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
-# used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
-_NOTHING = 1e-30
-_AT_ONCE = 2**26  # values of images times classes that go backward together
 
 
 @torch.inference_mode(False)
@@ -71,23 +67,8 @@ def explain(
         (torch.Size([2, 2, 128, 128]), [[0, 4], [1, 2]])
     """
     inputs = images if isinstance(images, tuple) else (images,)
-    request = _Request(model, rules, f, (), dict(forward_kwargs or {}), strict, whole=False)
-    parts = list(_parts(request, inputs, target, batch_size))
-    maps = tuple(torch.cat([part.relevance[i] for part in parts]) for i in range(len(inputs)))
-    rows: dict[tuple[str, str | None], int] = {}
-    for operator, rule, count in (row for part in parts for row in part.coverage):
-        rows[operator, rule] = max(count, rows.get((operator, rule), 0))
-    return Explanation(
-        maps=maps if isinstance(images, tuple) else maps[0],
-        targets=torch.cat([part.targets for part in parts]),
-        logits=None
-        if parts[0].logits is None
-        else torch.cat([part.logits for part in parts if part.logits is not None]),
-        coverage=[(operator, rule, count) for (operator, rule), count in rows.items()],
-        why_empty=[reasons for part in parts for reasons in part.why_empty],
-        f=parts[0].f,
-        images=images,
-    )
+    request = Request(model, rules, f, strict, kwargs=dict(forward_kwargs or {}))
+    return joined(list(_parts(request, inputs, target, batch_size)), images)
 
 
 class TSGB:
@@ -158,7 +139,7 @@ class TSGB:
         values = inputs if isinstance(inputs, tuple) else (inputs,)
         extra = additional_forward_args
         args = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
-        request = _Request(self.forward_func, self._rules, self._f, args, {}, self._strict, whole=True)
+        request = Request(self.forward_func, self._rules, self._f, self._strict, args, whole=True)
         parts = list(_parts(request, values, target, batch_size))
         if parts[0].targets.shape[1] != 1:
             raise targets.TargetError(
@@ -171,31 +152,72 @@ class TSGB:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What is asked of a model, but for the images and the targets."""
-
-    model: Callable[..., Any]
-    table: rule_tables.Table
-    f: float | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    strict: bool
-    whole: bool  # whether the relevance of every value of an input is asked for, not its sum over the channels
-
-
-@dataclass(frozen=True)
-class _Part:
+class Part:
     """The explanation of the images that went through the model at once."""
 
     relevance: list[Tensor]  # for each input (n, K, ...)
     targets: Tensor
     logits: Tensor | None
-    coverage: list[Row]
     why_empty: list[list[str | None]]
-    f: float
+    facts: Facts
 
 
-def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_size: int | None) -> Iterator[_Part]:
+def joined(parts: Sequence[Part], images: Tensor | tuple[Tensor, ...]) -> Explanation:
+    """Put the parts of an explanation together."""
+    inputs = images if isinstance(images, tuple) else (images,)
+    maps = tuple(torch.cat([part.relevance[i] for part in parts]) for i in range(len(inputs)))
+    rows: dict[tuple[str, str | None], int] = {}
+    for operator, rule, count in (row for part in parts for row in part.facts.coverage):
+        rows[operator, rule] = max(count, rows.get((operator, rule), 0))
+    return Explanation(
+        maps=maps if isinstance(images, tuple) else maps[0],
+        targets=torch.cat([part.targets for part in parts]),
+        logits=None
+        if parts[0].logits is None
+        else torch.cat([part.logits for part in parts if part.logits is not None]),
+        coverage=[(operator, rule, count) for (operator, rule), count in rows.items()],
+        why_empty=[reasons for part in parts for reasons in part.why_empty],
+        f=parts[0].facts.f,
+        images=images,
+    )
+
+
+def part(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], request: Request) -> Part:
+    """Check what a pass found, and say why a map is empty.
+
+    Raises:
+        CoverageError, ValueError, FloatingPointError: see `explain`.
+    """
+    checks.check_values(None if -1 in done.targets else done.logits, done.relevance)
+    missed = sorted({operator for operator, rule, _ in facts.coverage if rule is None})
+    if request.strict and missed:
+        raise CoverageError(
+            f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, "
+            "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
+        )
+    return Part(
+        relevance=[values.transpose(0, 1).contiguous() for values in done.relevance],
+        targets=done.targets.cpu(),
+        logits=done.logits,
+        why_empty=_why_empty(done, facts, inputs, request.whole),
+        facts=facts,
+    )
+
+
+def has_lost_zeros(facts_or_run: Any, inputs: tuple[Tensor, ...]) -> bool:
+    return facts_or_run.has_shifts and any(bool((x == 0).any()) for x in inputs)
+
+
+def filled(image: Tensor) -> Tensor:
+    """A number in the place of zeros, where the type has one that changes nothing."""
+    return torch.where(image == 0, NOTHING, image) if torch.finfo(image.dtype).tiny < NOTHING else image
+
+
+def are_same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is None or other is None or torch.equal(one, other)
+
+
+def _parts(request: Request, inputs: tuple[Tensor, ...], target: Target, batch_size: int | None) -> Iterator[Part]:
     count = checks.check_inputs(inputs)
     checks.check_mode(request.model)
     checks.check_table(request.table, request.f)
@@ -212,177 +234,52 @@ def _parts(request: _Request, inputs: tuple[Tensor, ...], target: Target, batch_
             value = value.detach()  # of a graph of the caller's own, which is none of the explanation's
             return value[rows] if value.dim() > 0 and len(value) == count else value
 
-        args, kwargs = tuple(map(cut, request.args)), {key: cut(value) for key, value in request.kwargs.items()}
-        part = _explain(replace(request, args=args, kwargs=kwargs), tuple(x[rows] for x in inputs), cut(target))
-        missed = sorted({operator for operator, rule, _ in part.coverage if rule is None})
-        if request.strict and missed:
-            raise CoverageError(
-                f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, "
-                "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
-            )
-        yield part
+        args = tuple(map(cut, request.args))
+        kwargs = {key: cut(value) for key, value in (request.kwargs or {}).items()}
+        images = tuple(x[rows] for x in inputs)
+        done, facts = _explained(replace(request, args=args, kwargs=kwargs), images, cut(target))
+        yield part(done, facts, images, request)
 
 
-def _explain(request: _Request, inputs: tuple[Tensor, ...], target: Target) -> _Part:
+def _explained(request: Request, inputs: tuple[Tensor, ...], target: Target) -> tuple[Pass, Facts]:
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            return _explained(request, inputs, target, handing=True)
+            return _passed(request, inputs, target, handing=True)
         except (LostError, RuntimeError) as error:
             if not isinstance(error, LostError) and "modified inplace" not in str(error):
                 raise
-        return _explained(request, inputs, target, handing=False)
+        return _passed(request, inputs, target, handing=False)
 
 
-def _explained(request: _Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> _Part:
-    count = len(inputs[0])
-    leaves, run, output, logits, asked = _recorded(request, inputs, target, count, handing)
-    if run.has_shifts and any((x == 0).any() for x in inputs):
+def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> tuple[Pass, Facts]:
+    done = passes.forward(request, inputs, target, handing)
+    if has_lost_zeros(done, inputs):
         # Zeros carry nothing, and a shift may have given them evidence: a number in their place carries it.
-        filled = _recorded(replace(request, whole=True), tuple(_filled(x) for x in inputs), target, count, handing)
-        if _same(logits, filled[3]):
-            leaves, run, output, logits, asked = filled
-    if asked is not None:
-        score, seeds = asked, torch.ones_like(asked)[None]
-        indices = torch.full((count, 1), -1)
-    else:
-        score = targets.find_logits(output)
-        indices = targets.resolve(target, checks.check_logits(score, count))
-        seeds = _one_hot(indices, score)
-    run.find_heads(score, count)
-    run.check_positions()
-    columns: list[list[Tensor]] = []
-    reasons: list[list[str | None]] = []
-    step = max(1, _AT_ONCE // max(1, inputs[0].numel())) if handing else 1
-    for start in range(0, len(seeds), step):
-        classes = seeds[start : start + step]
-        is_last = start + step >= len(seeds)
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            grads = _gradients(score, leaves, classes, not is_last, handing)
-        found = [_relevance(x, leaf, g, len(classes)) for x, leaf, g in zip(inputs, leaves, grads, strict=True)]
-        maps = [r.sum(2) if r.dim() == leaf.dim() + 1 > 3 else r for r, leaf in zip(found, leaves, strict=True)]
-        checks.check_maps(maps)
-        columns.append(found if request.whole else maps)
-        reasons += _why_empty(run, leaves, maps)
-    return _Part(
-        relevance=[torch.cat(column).transpose(0, 1).contiguous() for column in zip(*columns, strict=True)],
-        targets=indices,
-        logits=logits,
-        coverage=run.coverage(),
-        why_empty=[list(row) for row in zip(*reasons, strict=True)],
-        f=float(run.f if run.f is not None else 0.0),
-    )
+        other = passes.forward(replace(request, whole=True), tuple(map(filled, inputs)), target, handing)
+        if are_same(done.logits, other.logits):
+            done = other
+    return passes.backward(request, target, done)
 
 
-def _recorded(
-    request: _Request, inputs: tuple[Tensor, ...], target: Target, count: int, handing: bool
-) -> tuple[tuple[Tensor, ...], Backprop, Any, Tensor | None, Tensor | None]:
-    """Run the model, and a callable target, under the rules: leaves, record, output, copied logits, and scores."""
-    leaves = tuple(x.detach().as_subclass(Tensor).clone().requires_grad_() for x in inputs)
-    with recording(request.table, request.f, handing) as run:
-        images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
-        output = _forward(request.model, images, request.args, request.kwargs)
-        found = _logits_if_any(output)
-        logits = None if found is None else found.detach().clone()
-        asked = targets.scores(target, output, count) if callable(target) else None
-    return leaves, run, output, logits, asked
+def _why_empty(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], whole: bool) -> list[list[str | None]]:
+    """For each image and class why its map has no positive value, or None."""
+    maps = [r.sum(2) if whole and x.dim() > 2 else r for r, x in zip(done.relevance, inputs, strict=True)]
+    positive = torch.stack([values.flatten(2).amax(2) > 0 for values in maps]).any(0).T.tolist()
+    reached = torch.stack([values.flatten(2).any(2) for values in maps]).any(0).T.tolist()
+    arrived = done.arrived.T.tolist()
+    return [
+        [None if p else _reason(facts, inputs, n, r, a) for p, r, a in zip(*flags, strict=True)]
+        for n, flags in enumerate(zip(positive, reached, arrived, strict=True))
+    ]
 
 
-def _format(image: Tensor, handing: bool) -> torch.memory_format:
-    """Channels last on a CPU, where convolutions and sums over channels are quicker so."""
-    is_given = not image.is_contiguous()
-    if handing and image.dim() == 4 and image.device.type == "cpu" and image.dtype != torch.float64 and not is_given:
-        return torch.channels_last
-    return torch.preserve_format
-
-
-def _filled(image: Tensor) -> Tensor:
-    return torch.where(image == 0, _NOTHING, image) if torch.finfo(image.dtype).tiny < _NOTHING else image
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is None or other is None or torch.equal(one, other)
-
-
-def _gradients(
-    score: Tensor, leaves: tuple[Tensor, ...], seeds: Tensor, retain: bool, handing: bool
-) -> tuple[Tensor | None, ...]:
-    """What arrives at each leaf of K seeds (K, *shape of the score): a `Relevance`, or the gradient of one class."""
-    seed = Relevance(score.shape, score.dtype, [Gradient(seeds)]) if handing else seeds[0]
-    try:
-        return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
-    except RuntimeError as error:
-        if "checkpoint" in f"{type(error).__name__} {error}".lower():
-            raise RuntimeError("the model uses gradient checkpointing, which runs it twice: switch it off") from error
-        raise
-
-
-def _relevance(image: Tensor, leaf: Tensor, grad: Tensor | None, count: int) -> Tensor:
-    """The relevance of an image for ``count`` classes, (count, *shape) or summed over the channels, float32 at least.
-
-    A zero pixel keeps what it carries if that is more than a trace.
-    """
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    if grad is None:
-        return torch.zeros_like(leaf, dtype=dtype).detach().expand(count, *leaf.shape)
-    if not isinstance(grad, Relevance):
-        relevance = leaf.detach().to(dtype) * grad[None].to(dtype)
-    elif any(isinstance(part, Summed) or (isinstance(part, Product) and part.base is None) for part in grad.parts):
-        return summed(grad.parts).squeeze(2)
-    else:
-        relevance = dense(grad.parts)
-    return torch.where((image == 0) & (relevance.abs() < _NOTHING**0.5), 0, relevance)
-
-
-def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
-    """Seeds (K, N, classes) of targets (N, K)."""
-    seeds = logits.new_zeros(classes.shape[1], *logits.shape)
-    return seeds.scatter_(2, classes.T[:, :, None].to(logits.device), 1)
-
-
-def _forward(
-    model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    try:
-        return model(*images, *args, **kwargs)
-    except (RuntimeError, ValueError, TypeError) as error:
-        held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
-        if held is not None and held.device != images[0].device:
-            raise ValueError(
-                f"images must be on the model's device {held.device}, got {images[0].device}: "
-                f"call images.to({str(held.device)!r})"
-            ) from error
-        if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
-            raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
-        raise
-
-
-def _logits_if_any(output: Any) -> Tensor | None:
-    try:
-        return targets.find_logits(output)
-    except targets.TargetError:
-        return None
-
-
-def _why_empty(run: Backprop, leaves: tuple[Tensor, ...], maps: list[Tensor]) -> list[list[str | None]]:
-    """For each class and image why its map (K, N, ...) has no positive value, or None."""
-    positive = torch.stack([values.flatten(2).amax(2) > 0 for values in maps]).any(0)
-    filled = torch.stack([values.flatten(2).any(2) for values in maps]).any(0)
-    arrived = run.arrived(*positive.shape)
-    rows = zip(positive.tolist(), filled.tolist(), arrived, strict=True)
-    return [[_reason(run, leaves, n, *flags) for n, flags in enumerate(zip(*row, strict=True))] for row in rows]
-
-
-def _reason(
-    run: Backprop, leaves: tuple[Tensor, ...], n: int, positive: bool, filled: bool, arrived: bool
-) -> str | None:
-    if positive:
-        return None
-    if all(not (leaf[n].abs() > _NOTHING).any() for leaf in leaves):
+def _reason(facts: Facts, inputs: tuple[Tensor, ...], n: int, is_reached: bool, has_arrived: bool) -> str:
+    if all(not (x[n].abs() > NOTHING).any() for x in inputs):
         return "the image is zero everywhere, and a map is image * gradient"
-    if not arrived:
-        cut = [name for name in run.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
+    if not has_arrived:
+        cut = [name for name in facts.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
         what = "a ReLU" if "relu" in cut else cut[0] if cut else "what lies between the head and the target"
         return f"logit cut by {what} at the head: no gradient arrives there"
-    if filled:
+    if is_reached:
         return "evidence against the target outweighs the evidence for it at every pixel"
     return "no feature with evidence at the head is connected to a pixel that is not zero"

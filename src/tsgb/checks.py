@@ -93,7 +93,7 @@ def check_logits(logits: Tensor, count: int) -> Tensor:
     """Refuse logits that do not come from the images, or are not one row for each.
 
     Raises:
-        CoverageError: no gradient. TargetError: another number of rows. ValueError: NaN.
+        CoverageError: no gradient. TargetError: another number of rows.
 
     Example:
         >>> import torch
@@ -109,22 +109,26 @@ def check_logits(logits: Tensor, count: int) -> Tensor:
         raise targets.TargetError(
             f"the model must return one row of logits an image, {count}, got {tuple(logits.shape)}"
         )
-    broken = logits.detach().isnan().flatten(1).any(1) if logits.dim() > 1 else logits.detach().isnan()
-    if broken.any():
-        raise ValueError(f"the model's logits for image {int(broken.nonzero()[0])} are NaN")
     return logits
 
 
-def check_maps(maps: list[Tensor]) -> None:
-    """Refuse maps that are not finite.
+def check_values(logits: Tensor | None, maps: list[Tensor]) -> None:
+    """Refuse logits that are NaN, and maps that are not finite.
+
+    Args:
+        logits: (N, ...), or None. ``maps``: (K, N, ...) each.
 
     Raises:
-        FloatingPointError: names the image.
+        ValueError, FloatingPointError: names the image.
 
     Example:
         >>> import torch
-        >>> check_maps([torch.zeros(3, 2, 8, 8)])  # of 3 classes and 2 images
+        >>> check_values(torch.zeros(2, 5), [torch.zeros(3, 2, 8, 8)])
     """
+    if logits is not None:
+        broken = logits.isnan().flatten(1).any(1) if logits.dim() > 1 else logits.isnan()
+        if broken.any():
+            raise ValueError(f"the model's logits for image {int(broken.nonzero()[0])} are NaN")
     for values in maps:
         broken = ~values.isfinite().flatten(2).all(2).all(0)
         if broken.any():

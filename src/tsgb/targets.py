@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TargetError", "class_index", "find_logits", "is_top", "names_of", "prepare", "resolve", "scores"]
+from .tracing import is_traced
+
+__all__ = [
+    "Target",
+    "TargetError",
+    "check_range",
+    "class_index",
+    "find_logits",
+    "is_top",
+    "names_of",
+    "prepare",
+    "resolve",
+    "scores",
+]
 
 Target = int | str | Sequence[Any] | Tensor | Callable[[Any], Tensor] | None
 
@@ -169,7 +182,7 @@ def resolve(target: Target, logits: Tensor) -> Tensor:
         logits: (N, classes).
 
     Returns:
-        (N, K) int64 on the CPU.
+        (N, K) int64, of the most probable classes on the device of the logits.
 
     Raises:
         TargetError: logits of another shape, or a class that the model does not have.
@@ -186,16 +199,30 @@ def resolve(target: Target, logits: Tensor) -> Tensor:
         )
     classes = logits.shape[1]
     if target is None:
-        return logits.detach().argmax(1, keepdim=True).cpu()
+        return logits.detach().argmax(1, keepdim=True)
     if isinstance(target, str):
         k = int(target.strip()[3:])
         if not 1 <= k <= classes:
             raise TargetError(f"target {target!r} must ask for 1 to {classes} classes, as the model has {classes}")
-        return logits.detach().topk(k, dim=1).indices.cpu()
+        return logits.detach().topk(k, dim=1).indices
     assert isinstance(target, Tensor)
-    for wrong in target[(target < 0) | (target >= classes)].tolist()[:1]:
-        raise TargetError(f"target {wrong} is no class of the model: its {classes} classes are 0 to {classes - 1}")
+    if not is_traced():
+        check_range(target, classes)
     return target.clone()
+
+
+def check_range(target: Target, classes: int) -> None:
+    """Refuse a class that a model does not have.
+
+    Raises:
+        TargetError: names it.
+
+    Example:
+        >>> check_range(torch.tensor([[4]]), 5)
+    """
+    if isinstance(target, Tensor):
+        for wrong in target[(target < 0) | (target >= classes)].tolist()[:1]:
+            raise TargetError(f"target {wrong} is no class of the model: its {classes} classes are 0 to {classes - 1}")
 
 
 def _wanted(count: int) -> str:

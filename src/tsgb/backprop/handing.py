@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rules.formulas import EPS
+from ..tracing import untraced
 from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
@@ -113,7 +114,8 @@ class Convolution(Handing):
     ) -> None:
         # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so
         # only where nothing is seen, and lost anyway.
-        has_zeros = bias is None and int(weight.count_nonzero()) < weight.numel()
+        with untraced():
+            has_zeros = bias is None and int(weight.count_nonzero()) < weight.numel()
         self._alive = o != 0 if has_zeros else None
         self.takes = SUMS if fields == 1 and self._alive is None else CHANNELS
         self._fields, self.below, self._is_positive = fields, below, is_positive

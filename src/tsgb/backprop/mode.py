@@ -291,14 +291,14 @@ class Backprop(TorchFunctionMode):
                 f"gradient is not passed off as its map (operators seen: {seen})"
             )
 
-    def arrived(self, classes: int, count: int) -> list[list[bool]]:
-        """Tell for each class and image whether any gradient arrived at the head in the last backward."""
+    def arrived(self, classes: int, count: int) -> Tensor:
+        """Tell for each class and image (K, N) whether any gradient arrived at the head in the last backward."""
         found = [head.arrived for head in self.heads if head.arrived is not None]
         for head in self.heads:
             head.arrived = None
-        if any(flags.shape != (classes, count) for flags in found):
-            return [[True] * count] * classes
-        return [[any(bool(flags[k, n]) for flags in found) for n in range(count)] for k in range(classes)]
+        if not found or any(flags.shape != (classes, count) for flags in found):
+            return torch.full((classes, count), bool(found))
+        return torch.stack(found).any(0)
 
     def coverage(self) -> list[tuple[str, str | None, int]]:
         """List which operator met which rule how often; None for a weighted or curved operator that met none."""

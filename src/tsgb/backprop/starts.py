@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import rules
+from ..tracing import untraced
 from .handing import GRADIENT, Convolution, Handing, MaxPool, Mean, Passing, Sum, Takes
 from .operators import Call
 from .saved import Cell
@@ -119,7 +120,8 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
 def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> bool:
     if function in rules.KINKED and len(call.args) == 1 and not call.kwargs:
         return True
-    return not function(x.new_zeros(1), *call.args[1:], **call.kwargs).any()
+    with untraced():
+        return not function(x.new_zeros(1), *call.args[1:], **call.kwargs).any()
 
 
 def _widens(x: Tensor, other: Any) -> bool:

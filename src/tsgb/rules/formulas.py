@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..tracing import holds, is_traced, untraced
+
 EPS = 1e-10  # the authors' guard of n and of the input of batch norm
 Split = Literal["contributions", "weights"]
 
@@ -285,11 +287,13 @@ def activation(
         >>> activation(torch.ones(3), x, function=torch.nn.functional.silu)
         tensor([0.1192, 0.5000, 0.9526])
     """
-    if function(torch.zeros_like(x), *args, **kwargs).any():
+    with untraced():
+        is_moving = bool(function(torch.zeros_like(x), *args, **kwargs).any())
+    if is_moving:
         return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
     zero = x == 0
     slope = (function(x, *args, **kwargs) if o is None else o) / torch.where(zero, 1, x)
-    if zero.any():
+    if holds(zero):
         at_zero = _linearised(lambda s: function(s, *args, **kwargs), torch.zeros_like(x))[1](torch.ones_like(x))
         slope = torch.where(zero, at_zero, slope)
     return grad * slope
@@ -374,6 +378,8 @@ def _summed(x: Tensor, fields: int) -> Tensor:
 
 def _asked(grad: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The gradients and weights of the classes for which gradients arrive; the others' weights play no part."""
+    if is_traced():
+        return grad, weight
     used = grad.movedim(dim, 0).flatten(1).any(1).nonzero()[:, 0]
     if len(used) == 0 or len(used) == len(weight):
         return grad, weight
@@ -393,7 +399,7 @@ def _head(
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
     # Each part of x with the weights that speak for the class there, and those that speak against it.
     parts = [(torch.ones_like(x), positive, negative)]
-    if split == "contributions" and (x < 0).any():
+    if split == "contributions" and holds(x < 0):
         parts = [((x >= 0).to(x.dtype), positive, negative), ((x < 0).to(x.dtype), negative, positive)]
     z_for, z_against = torch.zeros_like(grad), torch.zeros_like(grad)
     pulls = []

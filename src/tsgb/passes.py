@@ -1,0 +1,195 @@
+"""One forward of a model under a table of rules, and one backward for all its targets: what `explain` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, targets
+from . import rules as rule_tables
+from .backprop import Backprop, Gradient, Product, Relevance, Summed, dense, recording, summed
+from .explanation import Row
+from .targets import Target
+
+__all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forward"]
+
+#: Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
+#: used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
+NOTHING = 1e-30
+_AT_ONCE = 2**26  # values of images times classes that go backward together
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model, but for the images and the targets."""
+
+    model: Callable[..., Any]
+    table: rule_tables.Table
+    f: float | None
+    strict: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+    whole: bool = False  # whether the relevance of every value of an input is asked for, not its sum over the channels
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward, with what backward needs."""
+
+    run: Backprop
+    leaves: tuple[Tensor, ...]
+    output: Any
+    logits: Tensor | None  # a copy
+    scores: Tensor | None  # (N,), of a callable target
+    handing: bool
+
+    @property
+    def has_shifts(self) -> bool:
+        """Whether a constant was added to what comes from the image."""
+        return self.run.has_shifts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known once the model has run, the same for all images of a shape."""
+
+    coverage: list[Row]
+    above: tuple[str, ...]  # operators between the head and the target
+    f: float
+    has_shifts: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What came of a forward and its backward, in tensors.
+
+    Attributes:
+        relevance: of each input (K, N, *), summed over the channels unless the whole was asked for.
+        targets: (N, K), -1 for a callable. ``logits``: the model's, or None.
+        arrived: (K, N), whether any gradient arrived at the head.
+    """
+
+    relevance: list[Tensor]
+    targets: Tensor
+    logits: Tensor | None
+    arrived: Tensor
+
+
+def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> Forward:
+    """Run the model, and a callable target, under the rules.
+
+    Args:
+        target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
+    """
+    leaves = tuple(x.detach().as_subclass(Tensor).clone().requires_grad_() for x in inputs)
+    with recording(request.table, request.f, handing) as run:
+        images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
+        output = _called(request.model, images, request.args, request.kwargs or {})
+        found = _logits_if_any(output)
+        logits = None if found is None else found.detach().clone()
+        scores = targets.scores(target, output, len(leaves[0])) if callable(target) else None
+    return Forward(run, leaves, output, logits, scores, handing)
+
+
+def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Facts]:
+    """Run back from the targets to the inputs, for as many classes at once as memory allows.
+
+    Raises:
+        TargetError: a class that the model does not have. CoverageError: the head cannot be told.
+    """
+    run, leaves, count = done.run, done.leaves, len(done.leaves[0])
+    if done.scores is not None:
+        score, seeds = done.scores, torch.ones_like(done.scores)[None]
+        indices = torch.full((count, 1), -1)
+    else:
+        score = checks.check_logits(targets.find_logits(done.output), count)
+        indices = targets.resolve(target, score)
+        seeds = _one_hot(indices, score)
+    run.find_heads(score, count)
+    run.check_positions()
+    columns: list[list[Tensor]] = []
+    arrived: list[Tensor] = []
+    step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
+    for start in range(0, len(seeds), step):
+        classes = seeds[start : start + step]
+        with torch.autocast(leaves[0].device.type, enabled=False):
+            grads = _gradients(score, leaves, classes, start + step < len(seeds), done.handing)
+            columns.append([_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)])
+        arrived.append(run.arrived(len(classes), count))
+    facts = Facts(run.coverage(), tuple(run.above), float(run.f if run.f is not None else 0.0), run.has_shifts)
+    relevance = [torch.cat(column) for column in zip(*columns, strict=True)]
+    return Pass(relevance, indices, done.logits, torch.cat(arrived)), facts
+
+
+def _format(image: Tensor, handing: bool) -> torch.memory_format:
+    """Channels last on a CPU, where convolutions and sums over channels are quicker so."""
+    is_given = not image.is_contiguous()
+    if handing and image.dim() == 4 and image.device.type == "cpu" and image.dtype != torch.float64 and not is_given:
+        return torch.channels_last
+    return torch.preserve_format
+
+
+def _gradients(
+    score: Tensor, leaves: tuple[Tensor, ...], seeds: Tensor, retain: bool, handing: bool
+) -> tuple[Tensor | None, ...]:
+    """What arrives at each leaf of K seeds (K, *shape of the score): a `Relevance`, or the gradient of one class."""
+    seed = Relevance(score.shape, score.dtype, [Gradient(seeds)]) if handing else seeds[0]
+    try:
+        return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in f"{type(error).__name__} {error}".lower():
+            raise RuntimeError("the model uses gradient checkpointing, which runs it twice: switch it off") from error
+        raise
+
+
+def _relevance(leaf: Tensor, grad: Tensor | None, count: int, whole: bool) -> Tensor:
+    """The relevance of an image for ``count`` classes, (count, *shape) or summed over the channels, float32 at least.
+
+    A pixel that is zero, or stands for one, keeps what it carries if that is more than a trace.
+    """
+    dtype = torch.promote_types(leaf.dtype, torch.float32)
+    image = leaf.detach()
+    if grad is None:
+        relevance = torch.zeros_like(image, dtype=dtype).expand(count, *image.shape)
+    elif not isinstance(grad, Relevance):
+        relevance = image.to(dtype) * grad[None].to(dtype)
+    elif any(isinstance(part, Summed) or (isinstance(part, Product) and part.base is None) for part in grad.parts):
+        return summed(grad.parts).squeeze(2)
+    else:
+        relevance = dense(grad.parts)
+    relevance = torch.where((image.abs() <= NOTHING) & (relevance.abs() < NOTHING**0.5), 0, relevance)
+    return relevance.sum(2) if not whole and image.dim() > 2 else relevance
+
+
+def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
+    """Seeds (K, N, classes) of targets (N, K)."""
+    seeds = logits.new_zeros(classes.shape[1], *logits.shape)
+    return seeds.scatter_(2, classes.T[:, :, None].to(logits.device), 1)
+
+
+def _called(
+    model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    try:
+        return model(*images, *args, **kwargs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
+        if held is not None and held.device != images[0].device:
+            raise ValueError(
+                f"images must be on the model's device {held.device}, got {images[0].device}: "
+                f"call images.to({str(held.device)!r})"
+            ) from error
+        if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
+            raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
+        raise
+
+
+def _logits_if_any(output: Any) -> Tensor | None:
+    try:
+        return targets.find_logits(output)
+    except targets.TargetError:
+        return None
