@@ -19,6 +19,7 @@ ARROWS = {
     "explanation": {"render", "pictures", "preprocessing", "regions"},
     "passes": {"rules", "backprop", "targets", "checks", "explanation", "tracing"},
     "attribution": {"rules", "backprop", "targets", "checks", "explanation", "passes"},
+    "compiled": {"rules", "targets", "checks", "explanation", "passes", "attribution"},
     "doctor": {"rules", "attribution", "explanation"},
     "pictures": set(),
     "preprocessing": set(),
@@ -49,7 +50,7 @@ ARROWS = {
     },
     "cli": {"report", "doctor", "bench", "models", "pictures", "render", "scenes"},
 }
-TORCH_ONLY = ("tracing", "rules", "backprop", "targets", "checks", "passes", "attribution")
+TORCH_ONLY = ("tracing", "rules", "backprop", "targets", "checks", "passes", "attribution", "compiled")
 LATE = ("explanation", "cli")  # what they import of the package, they import when called
 
 

@@ -12,9 +12,10 @@ from importlib.metadata import version
 from . import rules
 from .attribution import TSGB, explain
 from .backprop import CoverageError
+from .compiled import compile
 from .explanation import Explanation
 from .models import load
 from .targets import TargetError
 
-__all__ = ["TSGB", "CoverageError", "Explanation", "TargetError", "explain", "load", "rules"]
+__all__ = ["TSGB", "CoverageError", "Explanation", "TargetError", "compile", "explain", "load", "rules"]
 __version__ = version("tsgb")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .passes import NOTHING, Facts, Pass, Request
 from .targets import Target
 
 __all__ = ["TSGB", "explain"]
+
+_T = TypeVar("_T")
 
 
 @torch.inference_mode(False)
@@ -204,8 +207,19 @@ def part(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], request: Request)
     )
 
 
-def has_lost_zeros(facts_or_run: Any, inputs: tuple[Tensor, ...]) -> bool:
-    return facts_or_run.has_shifts and any(bool((x == 0).any()) for x in inputs)
+def hands_on(run: Callable[[bool], _T]) -> _T:
+    """Run with rules that hand relevance on, or plainly where what they need is lost."""
+    try:
+        return run(True)
+    except (LostError, RuntimeError) as error:
+        if not isinstance(error, LostError) and "modified inplace" not in str(error):
+            raise
+    return run(False)
+
+
+def lacks_zeros(has_shifts: bool, inputs: tuple[Tensor, ...]) -> bool:
+    """Tell whether zeros of the image, which carry nothing, may have been given evidence by a shift."""
+    return has_shifts and any(bool((x == 0).any()) for x in inputs)
 
 
 def filled(image: Tensor) -> Tensor:
@@ -237,24 +251,16 @@ def _parts(request: Request, inputs: tuple[Tensor, ...], target: Target, batch_s
         args = tuple(map(cut, request.args))
         kwargs = {key: cut(value) for key, value in (request.kwargs or {}).items()}
         images = tuple(x[rows] for x in inputs)
-        done, facts = _explained(replace(request, args=args, kwargs=kwargs), images, cut(target))
+        now, wanted = replace(request, args=args, kwargs=kwargs), cut(target)
+        with torch.inference_mode(False), torch.enable_grad():
+            done, facts = hands_on(partial(_passed, now, images, wanted))
         yield part(done, facts, images, request)
-
-
-def _explained(request: Request, inputs: tuple[Tensor, ...], target: Target) -> tuple[Pass, Facts]:
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            return _passed(request, inputs, target, handing=True)
-        except (LostError, RuntimeError) as error:
-            if not isinstance(error, LostError) and "modified inplace" not in str(error):
-                raise
-        return _passed(request, inputs, target, handing=False)
 
 
 def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> tuple[Pass, Facts]:
     done = passes.forward(request, inputs, target, handing)
-    if has_lost_zeros(done, inputs):
-        # Zeros carry nothing, and a shift may have given them evidence: a number in their place carries it.
+    if lacks_zeros(done.run.has_shifts, inputs):
+        # A number in their place carries it.
         other = passes.forward(replace(request, whole=True), tuple(map(filled, inputs)), target, handing)
         if are_same(done.logits, other.logits):
             done = other

@@ -15,7 +15,7 @@ from .backprop import Backprop, Gradient, Product, Relevance, Summed, dense, rec
 from .explanation import Row
 from .targets import Target
 
-__all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forward"]
+__all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor"]
 
 #: Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
 #: used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
@@ -46,11 +46,6 @@ class Forward:
     logits: Tensor | None  # a copy
     scores: Tensor | None  # (N,), of a callable target
     handing: bool
-
-    @property
-    def has_shifts(self) -> bool:
-        """Whether a constant was added to what comes from the image."""
-        return self.run.has_shifts
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
     Args:
         target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
     """
-    leaves = tuple(x.detach().as_subclass(Tensor).clone().requires_grad_() for x in inputs)
+    leaves = tuple(plain_tensor(x).clone().requires_grad_() for x in inputs)
     with recording(request.table, request.f, handing) as run:
         images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
         output = _called(request.model, images, request.args, request.kwargs or {})
@@ -123,6 +118,11 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
     facts = Facts(run.coverage(), tuple(run.above), float(run.f if run.f is not None else 0.0), run.has_shifts)
     relevance = [torch.cat(column) for column in zip(*columns, strict=True)]
     return Pass(relevance, indices, done.logits, torch.cat(arrived)), facts
+
+
+def plain_tensor(x: Tensor) -> Tensor:
+    """An image without its graph and its own class."""
+    return x.detach() if type(x) is Tensor else x.detach().as_subclass(Tensor)  # which a trace cannot follow
 
 
 def _format(image: Tensor, handing: bool) -> torch.memory_format:

@@ -1,0 +1,240 @@
+"""A compiled explainer gives what `explain` gives, on images that it was not traced with."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import tsgb
+from networks_spelled import SPELLED, NormalisesItsInput
+from test_handing import REAL, Drawn
+from tsgb import rules
+
+
+class Small(nn.Sequential):
+    names = ("a", "b", "c", "d", "e")
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(True), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+        )  # fmt: skip
+        self.eval()
+
+
+def images(count=2, size=14, seed=0):
+    """Of both signs, with black pixels."""
+    x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    x[:, :, 2:4] = 0
+    return x
+
+
+def traced(model, example, target=None, **options):
+    return tsgb.compile(model, example, target, backend="eager", **options)
+
+
+def counting():
+    """A backend that tells how often it was asked to compile."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    return backend, graphs
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert (ours.maps - theirs.maps).norm() <= tolerance * theirs.maps.norm()
+    assert torch.equal(ours.targets, theirs.targets)
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert (ours.coverage, ours.why_empty, ours.f) == (theirs.coverage, theirs.why_empty, theirs.f)
+
+
+@pytest.mark.parametrize("target", [None, 3, "top2", "d", [[0, 1, 4], [2, 2, 3]], lambda output: output[:, 0]])
+def test_every_target_that_explain_takes(target):
+    model, x = Small(), images()
+    explainer = traced(model, torch.rand(2, 3, 14, 14), target)
+    theirs = tsgb.explain(model, x, target)
+    ours = explainer(x, target)
+    assert_same(ours, theirs)
+    assert ours.maps.shape == theirs.maps.shape
+    assert ours.maps.dtype == theirs.maps.dtype
+
+
+@pytest.mark.parametrize("table", ["DEFAULT", "PAPER"])
+@pytest.mark.parametrize("network", SPELLED)
+def test_every_spelling(network, table):
+    model, table = network(), getattr(rules, table)
+    explainer = traced(model, torch.rand(2, 3, 12, 12).double(), [[0, 1]] * 2, rules=table)
+    x = images(2, 12).double()
+    assert_same(explainer(x, [[2, 1], [3, 4]]), tsgb.explain(model, x, [[2, 1], [3, 4]], rules=table), 1e-9)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data(), st.integers(0, 2**31))
+def test_a_network_drawn_at_random(data, seed):
+    torch.manual_seed(seed)
+    model = Drawn(data.draw).double().eval()
+    explainer = traced(model, torch.rand(2, 3, 23, 21).double(), [[0, 1]] * 2)
+    x = torch.randn(2, 3, 23, 21).double()
+    assert_same(explainer(x, [[3, 1]] * 2), tsgb.explain(model, x, [[3, 1]] * 2), 1e-8)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks(name, shared):
+    options = {**REAL[name], "weights": shared / "weights" / REAL[name]["weights"]}
+    network = tsgb.load(f"{shared}/tools/nets.py:{name}" if name == "tiny_darknet" else name, **options)
+    pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[:2]
+    x = torch.stack([network.preprocessing.tensor(Image.open(path).convert("RGB")) for path in pictures])
+    explainer = traced(network.model, x.flip(0), [[3, 281], [281, 7]])
+    assert_same(explainer(x, [[7, 9], [281, 7]]), tsgb.explain(network.model, x, [[7, 9], [281, 7]]), 1e-4)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_inductor():
+    model, x = Small(), images()
+    explainer = tsgb.compile(model, torch.rand(2, 3, 14, 14), [[0, 1]] * 2)
+    assert_same(explainer(x, [[4, 1], [3, 0]]), tsgb.explain(model, x, [[4, 1], [3, 0]]), 1e-4)
+
+
+def test_it_is_traced_once_for_a_shape_a_number_of_classes_and_a_precision():
+    backend, graphs = counting()
+    model = Small()
+    explainer = tsgb.compile(model, images(), backend=backend)
+    for seed in (1, 2):
+        explainer(images(seed=seed))
+    assert len(graphs) == 1
+    for count, target in ((3, None), (2, 1), (2, 4), (2, "top2"), (2, [[1, 2]] * 2), (2, [[3, 4]] * 2), (3, None)):
+        assert_same(explainer(images(count), target), tsgb.explain(model, images(count), target))
+    assert len(graphs) == 5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert explainer(images(), 1).logits.dtype == torch.bfloat16
+    assert explainer(images(), 1).logits.dtype == torch.float32
+    assert len(graphs) == 6
+
+
+def test_black_pixels_of_a_model_that_normalises_its_input():
+    model, x = NormalisesItsInput(), images().double()
+    theirs = tsgb.explain(model, x, 1)
+    assert theirs.maps[:, :, 2:4].abs().max() > 0
+    assert_same(traced(model, torch.rand(2, 3, 14, 14).double(), 1)(x, 1), theirs, 1e-9)
+
+
+@pytest.mark.parametrize("change", ["written", "zeroed", "replaced", "buffer"])
+def test_a_changed_weight_is_seen(change):
+    model, x = Small(), images()
+    explainer = traced(model, x, 1)
+    before = explainer(x, 1).maps
+    with torch.no_grad():
+        if change == "written":
+            model[0].weight *= 0.5
+        elif change == "zeroed":
+            model[0].weight[0, 0] = 0
+        elif change == "replaced":
+            model[4].weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+        else:
+            model[1].running_mean += 1
+    assert_same(explainer(x, 1), tsgb.explain(model, x, 1))
+    assert not torch.equal(explainer(x, 1).maps, before)
+
+
+def test_weights_written_to_behind_a_function_are_seen():
+    model, x = Small(), images()
+    explainer = traced(lambda image: model(image), x, 1)
+    with torch.no_grad():
+        model[0].weight *= 0.5
+    assert_same(explainer(x, 1), tsgb.explain(model, x, 1))
+
+
+class ByValue(Small):
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+class Drawing(Small):
+    def forward(self, x):
+        return super().forward(x + 1e-3 * torch.randn_like(x))
+
+
+class ByNumpy(Small):
+    def forward(self, x):
+        return super().forward(x * torch.from_numpy((x.detach().numpy() > 0) + 0.5).float())
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (ByValue(), "depends on the values"),
+        (ByNumpy(), "by numpy"),
+        (Drawing(), "draws random"),
+        (torch.compile(Small()), "compiled itself"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(model, words):
+    with pytest.raises(RuntimeError, match=f"{words}.*tsgb.explain"):
+        traced(model, images(), 1)
+
+
+def test_errors_are_those_of_explain():
+    model, x = Small(), images()
+    explainer = traced(model, x, 1)
+    for wrong in (5, [1], "zebra", [[0, 9], [1, 1]]):
+        with pytest.raises(tsgb.TargetError) as ours:
+            explainer(x, wrong)
+        with pytest.raises(tsgb.TargetError) as theirs:
+            tsgb.explain(model, x, wrong)
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(ValueError, match="NaN"):
+        explainer(torch.full_like(x, torch.nan), 1)
+    model.train()
+    with pytest.raises(RuntimeError, match="training mode"):
+        explainer(x, 1)
+    with pytest.raises(tsgb.CoverageError, match="strict"):
+        traced(
+            nn.Sequential(nn.Conv2d(3, 4, 3), Sine(), *list(model)[-3:-1], nn.Linear(4, 5)).eval(), x, 1, strict=True
+        )
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
+def test_the_callers_modes_and_the_model_are_left_alone():
+    model, x = Small(), images()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    explainer = traced(model, x, 1)
+    alone = explainer(x, 1).maps
+    leaf = x.clone().requires_grad_()
+    with torch.inference_mode():
+        assert torch.equal(explainer(x, 1).maps, alone)
+    with torch.no_grad():
+        assert torch.equal(explainer(leaf, 1).maps, alone)
+    assert leaf.grad is None
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_threads_share_an_explainer():
+    model = Small()
+    explainer = traced(model, images(), 1)
+    alone = [explainer(images(1 + n % 2, seed=n), 1).maps for n in range(8)]
+    found = [None] * 8
+
+    def work(n):
+        found[n] = traced_again(images(1 + n % 2, seed=n), 1).maps
+
+    traced_again = traced(model, images(3), 1)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
