@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import tsgb
-from tsgb import rules
+from tsgb import passes, rules
 from tsgb.backprop.relevance import Dense, Gradient, LostError, Product, Relevance, dense, summed
 from tsgb.backprop.windows import Windows
 
@@ -275,3 +275,33 @@ def test_real_networks_in_float32(name, shared):
     pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[:2]
     x = torch.stack([network.preprocessing.tensor(Image.open(path).convert("RGB")) for path in pictures])
     assert_handed(network.model, x, [[3, 281], [281, 7]], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks_in_half_precision(name, dtype, shared):
+    options = {**REAL[name], "weights": shared / "weights" / REAL[name]["weights"]}
+    network = tsgb.load(f"{shared}/tools/nets.py:{name}" if name == "tiny_darknet" else name, **options)
+    pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[::80]
+    x = torch.stack([network.preprocessing.tensor(Image.open(path).convert("RGB")) for path in pictures])
+    single = tsgb.explain(network.model, x)
+    with torch.autocast("cpu", dtype=dtype):
+        half = tsgb.explain(network.model, x, single.targets)
+    for ours, theirs in zip(half.maps.flatten(1), single.maps.flatten(1), strict=True):
+        assert float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) > 0.999
+
+
+def test_many_classes_go_backward_in_parts_that_fit(monkeypatch):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 30),
+    ).double().eval()  # fmt: skip
+    x, classes = torch.rand(2, 3, 12, 12).double(), [[*range(30)]] * 2
+    together = tsgb.explain(model, x, classes)
+    arrived = []
+    monkeypatch.setattr("tsgb.passes._AT_ONCE", 7 * x.numel())
+    monkeypatch.setattr("tsgb.passes._gradients", lambda *a, f=passes._gradients: arrived.append(len(a[2])) or f(*a))
+    apart = tsgb.explain(model, x, classes)
+    assert arrived == [7, 7, 7, 7, 2]
+    assert relative(apart.maps, together.maps) < 1e-12
+    assert apart.why_empty == together.why_empty

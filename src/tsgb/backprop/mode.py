@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ from .starts import start
 _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "storage_offset")
 
 __all__ = ["Backprop", "CoverageError", "recording"]
+
+_FINE = 8  # convolutions that autocast does not run in half precision
 
 _NAME, _OPEN, _WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of autograd nodes' metadata
 
@@ -106,6 +108,30 @@ class Backprop(TorchFunctionMode):
                 return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
         met = self._meet(call)
+        with torch.autocast(call.args[0].device.type, enabled=False) if self._is_fine(call, met) else nullcontext():
+            return self._ran(func, args, kwargs, call, met)
+
+    def _is_fine(self, call: Call, met: tuple[Ruling, Call] | None) -> bool:
+        """Tell whether a convolution is to run in float32 under autocast: the first few.
+
+        In half precision the values of the image, and which of a pool's values is the largest, are told too coarsely.
+        """
+        if met is None or met[0].head_rule is None or met[0].is_linear or call.args[0].dtype != torch.float32:
+            return False
+        device = call.args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return False
+        return sum(ruling.head_rule is not None for ruling in self._met) < _FINE
+
+    def _ran(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+        met: tuple[Ruling, Call] | None,
+    ) -> Any:
+        """Run a call that depends on the image."""
         if self._is_handing:
             if not self._kept.is_innermost():
                 raise LostError("the model saves tensors in its own way, as gradient checkpointing does")
