@@ -3,12 +3,14 @@
     python benchmarks/speed.py [--device cuda] [--dtype bfloat16] [--networks vgg16,resnet50] [--batches 1,8]
 
 The networks are torchvision's with random weights. Every round runs the plain forward under inference mode and then
-each method once, so that what disturbs the machine disturbs all; a first round warms up; the table has medians. Peak
-memory is how far a call lifts it above that of the loaded model and its input, each in a fresh process. K classes are
-explained in one call; a rival that takes one class is run once. Prints Markdown.
+each method once, so that what disturbs the machine disturbs all; a first round warms up; the table has medians. What
+is compiled is also given as a multiple of the compiled forward. Peak memory is how far a call lifts it above that of
+the loaded model and its input, each in a fresh process. K classes are explained in one call; a rival that takes one
+class is run once. Prints Markdown.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import multiprocessing
 import os
@@ -32,54 +34,79 @@ from tsgb import rules, vision
 NETWORKS = ("vgg16", "resnet50", "mobilenet_v2", "convnext_tiny")
 CLASSES = (1, 20, 100)
 
-Run = Callable[[nn.Module, Tensor, Tensor], object]
+Run = Callable[[], object]
 
 
-def forward(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def forward(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """The prediction, which all else is measured by."""
-    with torch.inference_mode():
-        logits: Tensor = model(images)
-    return logits
+
+    @torch.inference_mode()
+    def run() -> object:
+        return model(images)
+
+    return run
 
 
-def gradient(model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+def compiled_forward(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
+    """The prediction, compiled."""
+    run = forward(torch.compile(model, dynamic=False), images, targets)
+    run()
+    return run
+
+
+def gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """A plain gradient at the image; the weights ask for none."""
-    leaf = images.clone().requires_grad_()
-    return torch.autograd.grad(model(leaf).gather(1, targets[:, :1]).sum(), leaf)
+
+    def run() -> object:
+        leaf = images.clone().requires_grad_()
+        return torch.autograd.grad(model(leaf).gather(1, targets[:, :1]).sum(), leaf)
+
+    return run
 
 
-def captum(name: str, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def captum(name: str, model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """One of Captum's methods, for one class."""
     from captum import attr
 
     options = (_last_features(model),) if name == "LayerGradCam" else ()
-    found: Tensor = getattr(attr, name)(model, *options).attribute(images.clone(), targets[:, 0])
-    return found
+    method = getattr(attr, name)(model, *options)
+    return lambda: method.attribute(images.clone(), targets[:, 0])
 
 
-def zennit(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def zennit(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """Zennit's EpsilonPlusFlat, for one class."""
     from zennit.composites import EpsilonPlusFlat
 
-    leaf = images.clone().requires_grad_()
-    with EpsilonPlusFlat().context(model) as changed:
-        (found,) = torch.autograd.grad(changed(leaf).gather(1, targets[:, :1]).sum(), leaf)
-    return found
+    def run() -> object:
+        leaf = images.clone().requires_grad_()
+        with EpsilonPlusFlat().context(model) as changed:
+            return torch.autograd.grad(changed(leaf).gather(1, targets[:, :1]).sum(), leaf)
+
+    return run
 
 
-def ours(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def ours(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """TSGB for all targets."""
-    return tsgb.explain(model, images, targets).maps
+    return lambda: tsgb.explain(model, images, targets).maps
 
 
-def plain(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def compiled(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
+    """TSGB for all targets, compiled."""
+    explainer = tsgb.compile(model, images, targets)
+    return lambda: explainer(images, targets).maps
+
+
+def plain(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """TSGB with every rule in its plain form, gradient in and gradient out."""
-    return tsgb.explain(model, images, targets, rules=_plainly(rules.DEFAULT)).maps
+    table = _plainly(rules.DEFAULT)
+    return lambda: tsgb.explain(model, images, targets, rules=table).maps
 
 
-METHODS: dict[str, tuple[Run, int]] = {
+METHODS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Run], int]] = {
     "forward": (forward, 1),
+    "forward, compiled": (compiled_forward, 1),
     **{f"TSGB, K = {k}": (ours, k) for k in CLASSES},
+    **{f"TSGB, compiled, K = {k}": (compiled, k) for k in CLASSES},
     "TSGB, plain form, K = 1": (plain, 1),
     "input gradient": (gradient, 1),
     "captum Saliency": (partial(captum, "Saliency"), 1),
@@ -97,33 +124,46 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", default="", help="the names of those wanted, with ; between")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     print(f"{_machine(args.device)}, torch {torch.__version__}, {args.dtype}\n", flush=True)
     for network in args.networks.split(","):
         for batch in map(int, args.batches.split(",")):
             setting = network, batch, args.device, args.dtype
-            print(f"{network}, batch {batch}\n\n| | time | [low, high] | peak memory |\n|---|---:|---:|---:|")
-            times = _fresh(_times, *setting, args.rounds)
+            print(f"{network}, batch {batch}\n\n| | time | [low, high] | of the compiled forward | peak memory |")
+            print("|---|---:|---:|---:|---:|", flush=True)
+            times = _fresh(_times, *setting, args.rounds, args.methods.split(";"))
             memory = {name: _fresh(_peak, *setting, name) for name in times}
+            quick = statistics.median(times["forward, compiled"])
             for name, ratios in times.items():
                 middle = statistics.median(ratios)
+                also = f"{middle / quick:.2f}" if "compiled" in name else ""
                 share = memory[name] / memory["input gradient"]
-                print(f"| {name} | {middle:.2f} | [{min(ratios):.2f}, {max(ratios):.2f}] | {share:.2f} |", flush=True)
+                spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
+                print(f"| {name} | {middle:.2f} | {spread} | {also} | {share:.2f} |", flush=True)
             print(f"\nA forward takes 1; memory is in input gradients of {memory['input gradient'] / 2**20:.0f} MiB.\n")
 
 
-def _times(network: str, batch: int, device: str, dtype: str, rounds: int) -> dict[str, list[float]]:
+BASELINES = ("forward", "forward, compiled", "input gradient")
+
+
+def _times(network: str, batch: int, device: str, dtype: str, rounds: int, wanted: list[str]) -> dict[str, list[float]]:
     """Times of each method in each round, over the median forward's."""
     model, images = _loaded(network, batch, device)
-    spent: dict[str, list[float]] = {name: [] for name in METHODS if name[:6] != "zennit" or _has("zennit")}
-    for number in range(-1, rounds):
-        for name in spent:
-            run, k = METHODS[name]
-            with _precision(device, dtype):
-                seconds = _seconds(partial(run, model, images, _targets(batch, k, device)), device)
-            if number >= 0:
-                spent[name].append(seconds)
+    names = [name for name in METHODS if name in BASELINES or name in wanted or wanted == [""]]
+    runs: dict[str, Run] = {}
+    spent: dict[str, list[float]] = {}
+    with _precision(device, dtype):
+        for name in names:
+            make, k = METHODS[name]
+            if not name.startswith("zennit") or _has("zennit"):
+                runs[name], spent[name] = make(model, images, _targets(batch, k, device)), []
+        for number in range(-1, rounds):
+            for name, run in runs.items():
+                seconds = _seconds(run, device)
+                if number >= 0:
+                    spent[name].append(seconds)
     middle = statistics.median(spent["forward"])
     return {name: [seconds / middle for seconds in found] for name, found in spent.items()}
 
@@ -131,21 +171,22 @@ def _times(network: str, batch: int, device: str, dtype: str, rounds: int) -> di
 def _peak(network: str, batch: int, device: str, dtype: str, name: str) -> float:
     """Bytes by which a method lifts this process's peak."""
     model, images = _loaded(network, batch, device)
-    run, k = METHODS[name]
+    make, k = METHODS[name]
     targets = _targets(batch, k, device)
     toy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
-    run(
-        toy.to(device).eval(), images[:1, :, :9, :9].clone(), targets[:1]
-    )  # what it imports is no part of what it needs
     with _precision(device, dtype):
+        # What a method imports and compiles is no part of what a call needs.
+        make(toy.to(device).eval(), images[:1, :, :9, :9].clone(), targets[:1])()
+        run = make(model, images, targets)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            run(model, images, targets)
+            run()
             return float(torch.cuda.max_memory_allocated() - before)
+        ctypes.CDLL(None).malloc_trim(0)  # give back what compiling left
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
         resident = _status("VmRSS")
-        run(model, images, targets)
+        run()
         return float(_status("VmHWM") - resident)
 
 
