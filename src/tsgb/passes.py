@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, targets
 from . import rules as rule_tables
-from .backprop import Backprop, Gradient, Product, Relevance, Summed, dense, recording, summed
+from .backprop import Backprop, FoldedError, Gradient, Product, Relevance, Summed, dense, recording, summed
 from .explanation import Row
 from .targets import Target
 
@@ -80,8 +80,16 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
     Args:
         target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
     """
+    pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
+    try:
+        return _forward(request, inputs, target, handing, pools)
+    except FoldedError:  # it calls max pooling as a function
+        return _forward(request, inputs, target, handing, None)
+
+
+def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool, pools: int | None) -> Forward:
     leaves = tuple(plain_tensor(x).clone().requires_grad_() for x in inputs)
-    with recording(request.table, request.f, handing) as run:
+    with recording(request.table, request.f, handing, pools) as run:
         images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
         output = _called(request.model, images, request.args, request.kwargs or {})
         found = _logits_if_any(output)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..rules.formulas import EPS
-from ..tracing import untraced
 from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
@@ -89,9 +88,8 @@ class Convolution(Handing):
     """TSGB-Conv: ``u = spread(c / (n + 1e-10))`` is handed on as the relevance ``u |x|``; see `rules.conv`.
 
     Args:
-        x: (N, C, *in), the input. ``o``: (N, O, *out), the output.
-        weight: (O, C / groups, *k). ``bias`` and ``geometry``, which is stride, padding and dilation: as in
-            ``torch.nn.functional.conv2d``.
+        x: (N, C, *in), the input. ``alive``: (N, O, *out), where the output has relevance; None for everywhere.
+        windows: what each position of the output sees.
         fields: 1, or the number of groups where each is treated by itself.
         below: what the producer of ``x`` takes.
         is_positive: whether no value of ``x`` is below 0, where that is known.
@@ -103,23 +101,16 @@ class Convolution(Handing):
     def __init__(
         self,
         x: Tensor,
-        o: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: tuple[Any, Any, Any],
+        alive: Tensor | None,
+        windows: Windows,
         fields: int,
         below: Takes,
         is_positive: bool,
         keep: Callable[[Tensor], Cell],
     ) -> None:
-        # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so
-        # only where nothing is seen, and lost anyway.
-        with untraced():
-            has_zeros = bias is None and int(weight.count_nonzero()) < weight.numel()
-        self._alive = o != 0 if has_zeros else None
+        self._alive, self._windows = alive, windows
         self.takes = SUMS if fields == 1 and self._alive is None else CHANNELS
         self._fields, self.below, self._is_positive = fields, below, is_positive
-        self._windows = Windows.of(weight.shape[2:], *geometry)
         self._size = x.shape[2:]
         self._total = None if fields > 1 else _total(x, is_positive)
         self._x = keep(x) if fields > 1 or below != SUMS else None

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import rules
 from . import operators
+from .folding import FOLDED, UNREAD, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
 from .nodes import SLOT, Handed, Ruled, Ruling, mapped
 from .operators import Call
@@ -51,6 +52,7 @@ class Backprop(TorchFunctionMode):
         table: torch functions and roles to rules, see `tsgb.rules`.
         f: the number f of the head's rule; None takes the table's.
         kept: keeps what backward needs. ``is_handing``: whether rules hand relevance on where they can.
+        pools: see `recording`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5)).eval()
@@ -62,9 +64,12 @@ class Backprop(TorchFunctionMode):
         [('conv2d', 'conv_lumped', 1), ('flatten', 'ordinary', 1), ('linear', 'linear_head', 1)]
     """
 
-    def __init__(self, table: rules.Table, f: float | None, kept: Kept, is_handing: bool) -> None:
+    def __init__(
+        self, table: rules.Table, f: float | None, kept: Kept, is_handing: bool, pools: int | None = None
+    ) -> None:
         super().__init__()
         self._kept, self._is_handing = kept, is_handing
+        self._folding = Folding(table, pools)
         self._rules, self._heads, self._constant, self._products = (
             {operators.name(key): (key, rule) for key, rule in part.items() if callable(key)}
             for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
@@ -103,11 +108,15 @@ class Backprop(TorchFunctionMode):
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call under its rule, if it has one."""
+        if self._kept.waiting and operators.name(func) not in UNREAD:
+            self._kept.settle(operators.tensors((args, kwargs)))
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in operators.tensors((args, kwargs))):
+            self._kept.settle(operators.tensors((args, kwargs)))
             with self._kept.watching():
                 return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
         met = self._meet(call)
+        self._folding.meet(call.name)
         with torch.autocast(call.args[0].device.type, enabled=False) if self._is_fine(call, met) else nullcontext():
             return self._ran(func, args, kwargs, call, met)
 
@@ -138,6 +147,8 @@ class Backprop(TorchFunctionMode):
             handed = self._hand(call, met, partial(func, *args, **kwargs))
             if handed is not None:
                 return handed
+            if call.name == FOLDED:
+                self._kept.settle([call.args[0]])
             if call.inplace is not None or call.name == "setitem":
                 self._keep_outputs(call)
             if call.name in _STRIDED:
@@ -201,7 +212,7 @@ class Backprop(TorchFunctionMode):
             ruling = _ruling(call, self._rules[call.name][0], self._rules[call.name][1])
         else:
             return None
-        begun = start(call, ruling.rule, ruling.function, kept.pack)
+        begun = start(call, ruling.rule, ruling.function, kept.pack, self._folding)
         x, written = call.args[0], call.inplace
         if begun is None or (written is not None and (written is not x or written._is_view())):
             return None
@@ -212,9 +223,12 @@ class Backprop(TorchFunctionMode):
         self._release_below(ruling, x)
         ruling.others = [t for t in operators.tensors((call.args[1:], call.kwargs)) if not t.requires_grad]
         inplace = written is not None
+        waiting = kept.waits(x)
         if not (inplace and begun.is_kinked):
-            ruling.x = kept.pack(x)
-        if begun.run is None and not inplace:
+            ruling.x = waiting or kept.pack(x)
+        if isinstance(waiting, Waiting):
+            run = partial(self._folding.fold, waiting, *call.args[1:], **call.kwargs)
+        elif begun.run is None and not inplace:
             run = partial(ruling.function, *call.args, **call.kwargs)
         with kept.sparing(begun.spared if inplace else None):
             if written is not None:
@@ -222,6 +236,8 @@ class Backprop(TorchFunctionMode):
             o = Handed.apply(ruling, begun.run or run, begun.begin, inplace, *begun.signals)  # type: ignore[no-untyped-call]
         if inplace and begun.is_kinked:
             ruling.x = kept.pack(o)
+        if begun.waiting is not None:
+            kept.wait(o, begun.waiting)
         return o
 
     def _keep_outputs(self, call: Call) -> None:
@@ -338,15 +354,21 @@ class Backprop(TorchFunctionMode):
 
 
 @contextmanager
-def recording(table: rules.Table, f: float | None = None, handing: bool = False) -> Iterator[Backprop]:
+def recording(
+    table: rules.Table, f: float | None = None, handing: bool = False, pools: int | None = None
+) -> Iterator[Backprop]:
     """Run the body under a table of rules, with gradients on, and with what backward needs kept from in-place calls.
 
     Args:
         table: see `tsgb.rules`. ``f``: the number f of the head's rule; None takes the table's.
         handing: whether rules hand relevance on where they can. Then what flows backward has to be a `Relevance`.
+        pools: how many max poolings the model has, after which batch norm is folded into convolutions; None: never.
 
     Yields:
         The `Backprop` that records the body; the backward runs outside.
+
+    Raises:
+        FoldedError: the model has more max poolings.
 
     Example:
         >>> x = torch.ones(1, 1, 2, 2, requires_grad=True).clone()
@@ -363,9 +385,10 @@ def recording(table: rules.Table, f: float | None = None, handing: bool = False)
             torch.enable_grad(),
             kept,
             hooks,
-            Backprop(table, f, kept, handing) as run,
+            Backprop(table, f, kept, handing, pools if handing else None) as run,
         ):
             yield run
+            kept.settle_all()
     finally:
         kept.restore_random_state()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._states: tuple[Any, ...] | None = None
         self._cells: dict[int, list[weakref.ref[Cell]]] = {}
         self.torn: dict[int, Tensor] = {}  # copies in place of views, by their storage
+        self.waiting: dict[int, tuple[weakref.ref[Tensor], Cell]] = {}  # tensors not worked out yet, by their storage
 
     def pack(self, tensor: Tensor) -> Cell:
         """Take what autograd saves."""
@@ -46,6 +47,31 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def unpack(cell: Cell) -> Tensor:
         """Give it back as it was."""
         return cell.tensor
+
+    def wait(self, tensor: Tensor, cell: Cell) -> None:
+        """Let a tensor be worked out when it is read; the cell will have it."""
+        key = tensor.untyped_storage()._cdata
+        forget = weakref.ref(tensor, lambda _: self.waiting.pop(key, None))
+        self.waiting[key] = forget, cell
+
+    def waits(self, tensor: Tensor) -> Cell | None:
+        """What will have a tensor that is not worked out yet, else None."""
+        found = self.waiting.get(tensor.untyped_storage()._cdata) if self.waiting else None
+        return None if found is None else found[1]
+
+    def settle(self, tensors: Iterable[Tensor]) -> None:
+        """Work out what is about to be read."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for tensor in tensors:
+                reference, cell = self.waiting.pop(tensor.untyped_storage()._cdata, (None, None))
+                whole = None if reference is None else reference()
+                if whole is not None and cell is not None:
+                    with self.aside():
+                        whole.detach().copy_(cell.tensor)
+
+    def settle_all(self) -> None:
+        """Work out what is left and can still be read."""
+        self.settle([t for t in [reference() for reference, _ in self.waiting.values()] if t is not None])
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -90,6 +116,8 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.waiting:  # and read behind the back of torch's functions
+            self.settle(operators.tensors((args, kwargs)))
         if torch.Tag.nondeterministic_seeded in func.tags and self._states is None:
             self._states = torch.get_rng_state(), _cuda_states()
         for position, argument in enumerate(func._schema.arguments):

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import rules
 from ..tracing import untraced
+from .folding import Folding, Waiting
 from .handing import GRADIENT, Convolution, Handing, MaxPool, Mean, Passing, Sum, Takes
 from .operators import Call
 from .saved import Cell
+from .windows import Windows
 
 __all__ = ["Start", "producer", "start"]
 
@@ -31,6 +33,7 @@ class Start:
         run: runs the operator, where it is not to run as the model called it.
         is_kinked: whether its derivative at the input is that at the output, which an in-place call leaves.
         spared: what was kept and may be written on, as nothing arrives where it changes.
+        waiting: what will have the output, where the operator need not run until it is read.
     """
 
     signals: tuple[Tensor, ...]
@@ -38,18 +41,20 @@ class Start:
     run: Callable[[], Tensor] | None = None
     is_kinked: bool = False
     spared: Cell | None = None
+    waiting: Waiting | None = None
 
 
-def start(call: Call, rule: Any, function: Callable[..., Tensor], keep: Keep) -> Start | None:
+def start(call: Call, rule: Any, function: Callable[..., Tensor], keep: Keep, folding: Folding) -> Start | None:
     """Begin to hand relevance on, where the rule can and what came before takes relevance; else None.
 
     Args:
         call: the operator, its first operand the signal. ``function``: the torch function that the table names.
-        rule: of the table. ``keep``: makes cells.
+        rule: of the table. ``keep``: makes cells. ``folding``: which convolutions wait.
     """
     form = rule.func if isinstance(rule, partial) else rule
     if form in (rules.conv, rules.conv_lumped):
-        return _convolution(call.args[0], form is rules.conv_lumped, keep, *call.args[1:], **call.kwargs)
+        conv = _Conv(function, form is rules.conv_lumped, keep, folding)
+        return _convolution(conv, call.args[0], *call.args[1:], **call.kwargs)
     if form in (rules.activation, rules.shift, rules.gate):
         return _passing(call, form, function)
     if rule == rules.ORDINARY and call.name == "add":
@@ -79,10 +84,17 @@ def _is_positive(x: Tensor) -> bool:
     return handing is not None and handing.is_positive
 
 
+@dataclass(frozen=True)
+class _Conv:
+    function: Callable[..., Tensor]
+    is_lumped: bool
+    keep: Keep
+    folding: Folding
+
+
 def _convolution(
+    conv: _Conv,
     x: Tensor,
-    is_lumped: bool,
-    keep: Keep,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -92,9 +104,21 @@ def _convolution(
 ) -> Start | None:
     if x.dim() < weight.dim():
         return None
-    fields, below, is_positive = 1 if is_lumped else groups, _taken(x), _is_positive(x)
-    geometry = stride, padding, dilation
-    return Start((x,), lambda o: Convolution(x, o, weight, bias, geometry, fields, below, is_positive, keep))
+    fields, below, is_positive = 1 if conv.is_lumped else groups, _taken(x), _is_positive(x)
+    windows = Windows.of(weight.shape[2:], stride, padding, dilation)
+    # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so only
+    # where nothing is seen, and lost anyway.
+    with untraced():
+        has_zeros = bias is None and int(weight.count_nonzero()) < weight.numel()
+
+    def begin(o: Tensor) -> Convolution:
+        return Convolution(x, o != 0 if has_zeros else None, windows, fields, below, is_positive, conv.keep)
+
+    if has_zeros or not conv.folding.waits(x, weight, bias):
+        return Start((x,), begin)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    waiting = Waiting(conv.function, conv.keep(x), weight, options)
+    return Start((x,), begin, lambda: waiting.empty(windows), waiting=waiting)
 
 
 def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | None:

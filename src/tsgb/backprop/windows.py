@@ -57,6 +57,16 @@ class Windows:
         ones, zeros = (1,) * len(self.kernel), (0,) * len(self.kernel)
         return self.kernel == self.stride == ones and self.before == self.after == zeros
 
+    def count(self, size: Sequence[int]) -> tuple[int, ...]:
+        """How many there are along each dimension of so many positions.
+
+        Example:
+            >>> Windows.of((3,), 2, 1, 1).count((5,))
+            (3,)
+        """
+        parts = zip(self.before, size, self.after, self._reach, self.stride, strict=True)
+        return tuple((before + n + after - reach - 1) // step + 1 for before, n, after, reach, step in parts)
+
     def sums(self, x: Tensor) -> Tensor:
         """Sum over each window: (N, G, *in) to (N, G, *out)."""
         if self.is_point:

@@ -1,0 +1,186 @@
+"""Batch norm folded into convolutions: the same logits and maps, whatever else reads a convolution's output."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import tsgb
+from test_handing import plainly, relative
+from tsgb import rules
+from tsgb.backprop.folding import Waiting
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5
+
+
+class Reading(nn.Module):
+    """What happens between a convolution and its batch norm, or to what went in."""
+
+    def __init__(self, how, **norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.seen = how, []
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6, **norm)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding="same", groups=2, bias=False), nn.BatchNorm2d(6, eps=1e-3)
+        self.conv3, self.head = nn.Conv2d(6, 6, 1, bias=False), nn.Linear(6, 4)
+        for norm in (self.norm1, self.norm2):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        self.eval()
+
+    def forward(self, x):
+        x = functional.relu(self.norm1(self.conv1(x)))
+        raw = self.conv2(x)
+        assert raw.shape == x.shape
+        if self.how == "also summed":
+            x = self.norm2(raw) + raw
+        elif self.how == "summed before":
+            x = raw + self.norm2(raw)
+        elif self.how == "viewed":
+            x = self.norm2(raw.view(len(raw), 6, -1).reshape(raw.shape))
+        elif self.how == "written on":
+            x = self.norm2(raw.mul_(2))
+        elif self.how == "written on later":
+            y = self.norm2(raw)
+            raw += 1
+            x = y + raw
+        elif self.how == "input written on":
+            x *= 3
+            x = self.norm2(raw) + x
+        elif self.how == "shown":
+            self.seen.append(raw.detach().cpu().numpy().copy())
+            x = self.norm2(raw)
+        elif self.how == "shown later":
+            x = self.norm2(raw)
+            self.seen.append(raw.tolist())
+        elif self.how == "without grad":
+            with torch.no_grad():
+                self.seen.append((raw + 0).tolist())
+            x = self.norm2(raw)
+        elif self.how == "scripted":
+            x = self.norm2(raw) + scripted(raw)
+        elif self.how == "normed twice":
+            x = self.norm2(raw) + self.norm1(raw)
+        elif self.how == "by name":
+            norm = self.norm2
+            x = functional.batch_norm(
+                raw, running_var=norm.running_var, running_mean=norm.running_mean, bias=norm.bias, eps=0.1
+            )
+        elif self.how == "kept":
+            self.kept = raw
+            x = self.norm2(raw)
+        else:
+            x = self.norm2(raw)
+        x = self.conv3(functional.relu(x))
+        return self.head(x.mean((2, 3)))
+
+
+HOWS = [
+    "nothing", "also summed", "summed before", "viewed", "written on", "written on later", "input written on", "shown",
+    "shown later", "without grad", "scripted", "normed twice", "by name", "kept",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """What was folded."""
+    found = []
+    monkeypatch.setattr(
+        Waiting, "folded", lambda self, *a, f=Waiting.folded, **kw: found.append(self) or f(self, *a, **kw)
+    )
+    return found
+
+
+def assert_plain(model, x, targets=([0, 1], [3, 2])):
+    """The logits of the model, and the maps of the plain form, which folds nothing."""
+    ours = tsgb.explain(model, x, list(targets))
+    theirs = tsgb.explain(model, x, list(targets), rules=plainly(rules.DEFAULT))
+    assert relative(ours.maps, theirs.maps) < 1e-5
+    with torch.no_grad():
+        assert torch.allclose(ours.logits, model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_whatever_reads_what_is_folded(how, folded):
+    model, x = Reading(how), torch.rand(2, 3, 16, 16)
+    assert_plain(model, x)
+    assert len(folded) == 1 + (how not in ("viewed", "written on", "shown", "without grad")) + (how == "normed twice")
+    assert all(torch.allclose(torch.tensor(a), torch.tensor(model.seen[-1]), atol=1e-5) for a in model.seen)
+    if how == "kept":
+        expected = model.kept
+        tsgb.explain(model, x, 1)
+        assert torch.allclose(model.kept, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [{"affine": False}, {"eps": 0.5, "momentum": None}])
+def test_every_batch_norm(norm, folded):
+    assert_plain(Reading("nothing", **norm), torch.rand(2, 3, 16, 16).to(memory_format=torch.channels_last))
+    assert len(folded) == 2
+
+
+def test_an_output_that_nothing_read_is_worked_out():
+    class Headless(nn.Sequential):
+        def forward(self, x):
+            return {"out": super().forward(x)}
+
+    model = Headless(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    found = tsgb.explain(model, x, lambda output: output["out"][:, 1].mean((1, 2)))
+    with torch.no_grad():
+        assert torch.allclose(found.logits, model(x)["out"], atol=1e-6)
+
+
+class Pooling(Reading):
+    def __init__(self, pool):
+        super().__init__("nothing")
+        self.pool = pool
+
+    def forward(self, x):
+        return super().forward(self.pool(functional.relu(self.norm1(self.conv1(x)))).repeat(1, 1, 4, 4)[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("pool", "count"),
+    [
+        (nn.MaxPool2d(2), 2),
+        (lambda x: functional.max_pool2d(x, 2), 0),
+        (nn.AdaptiveMaxPool2d(4), 2),
+        (nn.AvgPool2d(2), 3),
+    ],
+)
+def test_nothing_is_folded_below_max_pooling(pool, count, folded):
+    model, x = Pooling(pool), torch.rand(2, 3, 16, 16)
+    run = tsgb.explain(model, x, 1)
+    alone = len(folded)
+    assert_plain(model, x)
+    assert run.maps.abs().sum() > 0
+    assert alone == (count if isinstance(pool, nn.Module) else 1)  # the first, in vain
+
+
+@pytest.mark.parametrize("change", ["float64", "zeros", "PAPER", "bias"])
+def test_where_nothing_is_folded(change, folded):
+    model, x, table = Reading("nothing"), torch.rand(2, 3, 16, 16), rules.DEFAULT
+    if change == "float64":
+        model, x = model.double(), x.double()
+    elif change == "zeros":
+        for conv in (model.conv1, model.conv2):
+            conv.weight.data[0, 0, 0, 0] = 0
+    elif change == "PAPER":
+        table = rules.PAPER
+    elif change == "bias":
+        for conv in (model.conv1, model.conv2):
+            conv.bias = nn.Parameter(torch.rand(6))
+    tsgb.explain(model, x, 1, rules=table)
+    assert not folded
+
+
+def test_what_is_folded_under_autocast_runs_in_float32(folded):
+    model, x = Reading("nothing"), torch.rand(2, 3, 16, 16)
+    single = tsgb.explain(model, x, 1).maps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = tsgb.explain(model, x, 1).maps
+    assert len(folded) == 4
+    assert relative(half, single) < 1e-2
