@@ -198,11 +198,12 @@ class Sum(Handing):
         """Give both operands their shares."""
         if self._b is None or self.o is None:
             raise LostError("the operands of a sum were let go")
-        share = single(self.o.tensor) + _TINY
-        torch.div(single(self._b.tensor), share, out=share)
-        count = _count(parts)
+        b, o, count = self._b.tensor, self.o.tensor, _count(parts)
+        if count == 1:
+            return [[given] for given in self._of_one(parts, b, o)]
+        share = _share(b, o)
         products = [part for part in parts if isinstance(part, Product)]
-        if len(products) > count or count == 1:  # then the classes' own channels are less work than the products'
+        if len(products) > count:  # then the classes' own channels are less work than the products'
             products = []
         given: list[list[Part]] = [[], []]
         for product in products:
@@ -211,13 +212,39 @@ class Sum(Handing):
         rest = [part for part in parts if not any(part is product for product in products)]
         if rest:
             values = dense(rest)
-            mine = share.unsqueeze(0).mul_(values) if count == 1 else values * share
+            mine = values * share
             if self._below[0] == SUMS:
                 given[0].append(Summed(values.sum(2, keepdim=True) - mine.sum(2, keepdim=True)))
             else:
                 given[0].append(Dense(values.sub_(mine)))
             given[1].append(Summed(mine.sum(2, keepdim=True)) if self._below[1] == SUMS else Dense(mine))
         return given
+
+    def _of_one(self, parts: Sequence[Part], b: Tensor, o: Tensor) -> list[Part]:
+        """The shares of one class, in pieces and one of them in the place of what came, as that takes little memory."""
+        place = next((part.values[0] for part in parts if isinstance(part, Dense)), None)
+        dtype = torch.promote_types(o.dtype, torch.float32)
+        whole: list[Tensor | None] = [None, None]
+        for operand in (0, 1):
+            if self._below[operand] != SUMS:
+                whole[operand] = torch.empty_like(o, dtype=dtype) if place is None else place
+                place = None
+        sums: tuple[list[Tensor], list[Tensor]] = [], []
+        for rows in _pieces(len(o), o[0].numel()):
+            values = dense(_cut(parts, rows))[0]
+            mine = _share(b[rows], o[rows]).mul_(values)
+            if whole[0] is None:
+                sums[0].append(values.sum(1, keepdim=True) - mine.sum(1, keepdim=True))
+            else:
+                whole[0][rows] = values.sub_(mine)
+            if whole[1] is None:
+                sums[1].append(mine.sum(1, keepdim=True))
+            else:
+                whole[1][rows] = mine
+        return [
+            Summed(torch.cat(found)[None]) if values is None else Dense(values[None])
+            for found, values in zip(sums, whole, strict=True)
+        ]
 
 
 class Mean(Handing):
@@ -313,6 +340,12 @@ class MaxPool(Handing):
     def _is_partition(self) -> bool:
         kernel, stride = self._arguments[:2]
         return list(kernel) == list(stride)
+
+
+def _share(b: Tensor, o: Tensor) -> Tensor:
+    """What part of o, a sum, b is."""
+    share = single(o) + _TINY
+    return torch.div(single(b), share, out=share)
 
 
 def _split(product: Product, share: Tensor, below: tuple[Takes, Takes]) -> list[Part]:

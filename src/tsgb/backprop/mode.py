@@ -104,7 +104,7 @@ class Backprop(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with self._kept.aside():
-            return self._called(func, mapped(_constant, args), mapped(_constant, kwargs or {}))
+            return self._called(func, mapped(_constant, args), mapped(_constant, kwargs) if kwargs else {})
 
     def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call under its rule, if it has one."""

@@ -22,7 +22,7 @@ from .saved import Cell
 __all__ = ["SLOT", "Handed", "Ruled", "Ruling", "mapped"]
 
 SLOT = torch.empty(0)
-_NESTING = (Tensor, tuple, list, dict)
+_NESTING = (tuple, list, dict)
 
 
 @dataclass
@@ -144,20 +144,19 @@ class Handed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """Hand on what arrives."""
+        """Hand on what arrives; the caller has left autocast."""
         ruling, grad = ctx.ruling, grads[0]
         nothing = (None, None, None, None)
         if grad is None:
             return (*nothing, *(None for _ in ctx.kinds))
         if not isinstance(grad, Relevance):
             raise LostError("a gradient of one class arrived")
-        with torch.autocast(grad.device.type, enabled=False):
-            if ruling.is_ordinary or ruling.f is not None:
-                given = _above(ruling, grad, len(ctx.kinds))
-            else:
-                wants_gradient = ruling.handing.takes == GRADIENT
-                parts = [Gradient(grad.gradients())] if wants_gradient else _relevance(grad.parts, ruling.o)
-                given = ruling.handing.hand(parts)
+        if ruling.is_ordinary or ruling.f is not None:
+            given = _above(ruling, grad, len(ctx.kinds))
+        else:
+            wants_gradient = ruling.handing.takes == GRADIENT
+            parts = [Gradient(grad.gradients())] if wants_gradient else _relevance(grad.parts, ruling.o)
+            given = ruling.handing.hand(parts)
         if not _is_kept():
             ruling.handing.forget()
         made = [Relevance(shape, dtype, parts) for (shape, dtype), parts in zip(ctx.kinds, given, strict=True)]
@@ -202,7 +201,16 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([mapped(function, item) if isinstance(item, _NESTING) else item for item in value])
+        return kind(
+            [
+                function(item)
+                if isinstance(item, Tensor)
+                else mapped(function, item)
+                if isinstance(item, _NESTING)
+                else item
+                for item in value
+            ]
+        )
     if kind is dict:
         return {key: mapped(function, item) for key, item in value.items()}
     return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -80,11 +80,10 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         >>> call.name, len(call.args), call.kwargs, call.inplace is x
         ('relu', 1, {}, True)
     """
-    call = Call(name(function), args, kwargs)
-    word = function.__name__ if hasattr(function, "__name__") else ""
-    if word.endswith("_") and not word.endswith("__"):
-        call = replace(call, inplace=args[0] if args else kwargs.get("input"))
-    call = _bound(function, call)
+    word = getattr(function, "__name__", "")
+    is_inplace = word.endswith("_") and not word.endswith("__")
+    inplace = (args[0] if args else kwargs.get("input")) if is_inplace else None
+    call = _bound(function, Call(name(function), args, kwargs, inplace))
     _refuse_training(call)
     if function is torch.batch_norm:
         x, weight, bias, mean, var, training, momentum, eps = args[:8]
@@ -110,20 +109,24 @@ def plain(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return function(*args, **kwargs)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in an operator's arguments: themselves, in lists, tuples and dicts.
+def tensors(value: Any) -> list[Tensor]:
+    """List the tensors in an operator's arguments: themselves, in lists, tuples and dicts.
 
     Example:
-        >>> [t.item() for t in tensors((torch.tensor(1), [torch.tensor(2)], {"a": 3}))]
-        [1, 2]
+        >>> [t.item() for t in tensors((torch.tensor(1), [torch.tensor(2)], {"a": 3}, torch.tensor(4)))]
+        [1, 2, 4]
     """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
+    found: list[Tensor] = []
+    ahead = [value]
+    while ahead:
+        item = ahead.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            ahead += reversed(item)
+        elif isinstance(item, dict):
+            ahead += reversed(item.values())
+    return found
 
 
 def on_vector(x: Tensor, weight: Tensor) -> bool:
@@ -154,7 +157,7 @@ def _bound(function: Callable[..., Any], call: Call) -> Call:
         bound = signature.bind(*call.args, **call.kwargs)
         inplace = bound.arguments.pop("inplace", False)
         target = next(iter(bound.arguments.values())) if inplace else call.inplace
-        return replace(call, args=bound.args, kwargs=bound.kwargs, inplace=target)
+        return Call(call.name, bound.args, bound.kwargs, target)
     if call.kwargs.get("inplace") is not None:
         rest = {key: value for key, value in call.kwargs.items() if key != "inplace"}
         return replace(call, kwargs=rest, inplace=call.args[0] if call.kwargs["inplace"] else call.inplace)

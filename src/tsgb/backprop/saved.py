@@ -67,7 +67,7 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 whole = None if reference is None else reference()
                 if whole is not None and cell is not None:
                     with self.aside():
-                        whole.detach().copy_(cell.tensor)
+                        whole.data = cell.tensor
 
     def settle_all(self) -> None:
         """Work out what is left and can still be read."""
