@@ -271,7 +271,8 @@ def test_maps_of_others_are_judged(annotated, tmp_path):
     options = {"data": annotated, "maps": maps, "metrics": ("box_ap", "insertion"), "methods": None}
     theirs = bench.run(job(tmp_path / "theirs", **options), workers=1)
     ours = bench.run(job(tmp_path / "ours", **{**options, "maps": None, "methods": ["tsgb"]}), workers=1)
-    assert row(theirs, "mine", "box_ap")["value"] == row(ours, "tsgb", "box_ap")["value"]
+    # One class alone and among others agree but for the last digits.
+    assert row(theirs, "mine", "box_ap")["value"] == pytest.approx(row(ours, "tsgb", "box_ap")["value"], rel=1e-5)
 
     map[3, 4] = np.nan
     np.save(maps / f"0_{category}.npy", map)
