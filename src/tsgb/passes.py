@@ -112,7 +112,7 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         score = checks.check_logits(targets.find_logits(done.output), count)
         indices = targets.resolve(target, score)
         seeds = _one_hot(indices, score)
-    run.find_heads(score, count)
+    run.find_heads(score, count, one_each=done.scores is None)
     run.check_positions()
     columns: list[list[Tensor]] = []
     arrived: list[Tensor] = []

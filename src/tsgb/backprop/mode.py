@@ -271,11 +271,12 @@ class Backprop(TorchFunctionMode):
             )
         return output
 
-    def find_heads(self, target: Tensor, count: int) -> None:
+    def find_heads(self, target: Tensor, count: int, one_each: bool = False) -> None:
         """Walk from the target's node to the first operators that carry weights: they are the head.
 
         Args:
             target: the logits, or what was computed from them, for ``count`` images.
+            one_each: whether one value of each image's logits is asked for at a time.
 
         Raises:
             CoverageError: no head was found, or an operator unknown to the table may hide it.
@@ -317,7 +318,7 @@ class Backprop(TorchFunctionMode):
         for ruling in self._met:
             ruling.f = None
         for head in self.heads:
-            head.f, head.count = self.f, count
+            head.f, head.count, head.is_single = self.f, count, one_each and not self.above
 
     def check_positions(self) -> None:
         """Refuse a model that the rules cannot reach below its head.

@@ -45,6 +45,7 @@ class Ruling:
     is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
     f: float | None = None  # set on the heads, with the number of images
     count: int = 0
+    is_single: bool = False  # of a head: whether each row of gradients is of one class
     arrived: Tensor | None = None  # of a head: per class and image, whether any gradient arrived in this backward
     handing: Handing | None = None
     is_below: bool = False  # whether something with weights is known to come after it
@@ -71,7 +72,8 @@ class Ruling:
                 assert self.head_rule is not None
                 swapped = self._is_swapped(x)
                 grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
-                grad_x = self.head_rule(single(grad), single(features), *args, f=self.f, **kwargs)
+                most = {"most": len(grad)} if self.is_single and _wants(self.head_rule, "most") else {}
+                grad_x = self.head_rule(single(grad), single(features), *args, f=self.f, **most, **kwargs)
                 grad_x = grad_x.transpose(0, 1) if swapped else grad_x
         return of_type(grad_x, x.dtype)
 
@@ -104,7 +106,7 @@ class Ruled(torch.autograd.Function):
         """Run the operator."""
         o = ruling.function(x, *args, **kwargs)
         ctx.ruling = ruling
-        ctx.save_for_backward(x, o if _wants_output(ruling.rule) else None, *operators.tensors((args, kwargs)))
+        ctx.save_for_backward(x, o if _wants(ruling.rule, "o") else None, *operators.tensors((args, kwargs)))
         return o
 
     @staticmethod
@@ -216,5 +218,5 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _wants_output(rule: Callable[..., Any]) -> bool:
-    return "o" in inspect.signature(rule).parameters
+def _wants(rule: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(rule).parameters

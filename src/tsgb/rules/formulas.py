@@ -183,6 +183,7 @@ def linear_head(
     *,
     f: float,
     split: Split = "contributions",
+    most: int | None = None,
 ) -> Tensor:
     """TSGB-FC: weigh the evidence against the target so that it balances the fraction f of the evidence for it.
 
@@ -204,6 +205,7 @@ def linear_head(
         weight: (O, C). ``bias``: (O,) or None, not read.
         f: the fraction, usually 0..1. 0 leaves the evidence for, 1 balances both sides exactly.
         split: "contributions" or "weights".
+        most: how many classes have a gradient at most, where that is known without a look at them.
 
     Returns:
         (N, ..., C). For x >= 0 and one target the relevance below the head sums to (1 - f) z+ of the target.
@@ -213,7 +215,7 @@ def linear_head(
         >>> abs((x * linear_head(grad, x, weight, f=1.0)).sum().item()) < 1e-5
         True
     """
-    grad, weight = _asked(grad, weight, dim=-1)
+    grad, weight = _asked(grad, weight, -1, most)
     positions = tuple(range(1, x.dim() - 1))
     return _head(functional.linear, grad, x, weight, f, split, positions)
 
@@ -230,6 +232,7 @@ def conv_head(
     *,
     f: float,
     split: Split = "contributions",
+    most: int | None = None,
 ) -> Tensor:
     """TSGB-FC where the head is a convolution before pooling: one beta per image and class, over all positions.
 
@@ -245,7 +248,7 @@ def conv_head(
     Args:
         grad: (N, O, *out), arriving at the output. ``x``: (N, C, *in). ``weight``: (O, C / groups, *k).
         bias: (O,) or None, not read. The rest as in ``torch.nn.functional.conv2d``.
-        f: the fraction, usually 0..1. ``split``: "contributions" or "weights", see `linear_head`.
+        f: the fraction, usually 0..1. ``split``, ``most``: see `linear_head`.
 
     Returns:
         (N, C, *in).
@@ -259,7 +262,7 @@ def conv_head(
         True
     """
     if groups == 1:
-        grad, weight = _asked(grad, weight, dim=1 - x.dim())
+        grad, weight = _asked(grad, weight, 1 - x.dim(), most)
     function = _convolution(weight)
     args = (None, stride, padding, dilation, groups)
     positions = tuple(range(2, x.dim()))
@@ -376,11 +379,15 @@ def _summed(x: Tensor, fields: int) -> Tensor:
     return x.reshape(len(x), fields, -1, *x.shape[2:]).sum(2)
 
 
-def _asked(grad: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _asked(grad: Tensor, weight: Tensor, dim: int, most: int | None) -> tuple[Tensor, Tensor]:
     """The gradients and weights of the classes for which gradients arrive; the others' weights play no part."""
+    by_class = grad.movedim(dim, 0).flatten(1)
     if is_traced():
-        return grad, weight
-    used = grad.movedim(dim, 0).flatten(1).any(1).nonzero()[:, 0]
+        if most is None or most >= len(weight):
+            return grad, weight
+        used = by_class.abs().amax(1).topk(most).indices
+    else:
+        used = by_class.any(1).nonzero()[:, 0]
     if len(used) == 0 or len(used) == len(weight):
         return grad, weight
     return grad.index_select(dim, used), weight[used]
