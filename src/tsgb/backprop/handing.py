@@ -303,7 +303,8 @@ class MaxPool(Handing):
         """Give the maxima all."""
         fields = _fields(parts) if self._below == SUMS else None
         if fields is not None and (_count(parts) >= _MANY or self._is_partition()):
-            return [[part for factor, base in fields for part in self._once(factor, base)]]
+            windows, size = self._windows(), self._shape[2:]
+            return [[Summed(windows.spread_to(factor, base, self._indices, size)) for factor, base in fields]]
         values = torch.stack([self.scattered(v) for v in dense(parts)])
         return [[Summed(values.sum(2, keepdim=True)) if self._below == SUMS else Dense(values)]]
 
@@ -317,19 +318,6 @@ class MaxPool(Handing):
             values, like, *self._arguments, self._indices
         )
         return scattered
-
-    def _once(self, factor: Tensor, base: Tensor) -> list[Part]:
-        """Work out once where the maxima of all channels are, for windows that do not overlap, then for the next."""
-        windows, size = self._windows(), self._shape[2:]
-        steps = [-(-k // s) for k, s in zip(windows.kernel, windows.stride, strict=True)]
-        found: list[Part] = []
-        for row in range(steps[0]):
-            for column in range(steps[1]):
-                alone = torch.zeros_like(base[:, :1])
-                alone[:, :, row :: steps[0], column :: steps[1]] = 1
-                total = self.scattered(base * alone).sum(1, keepdim=True)
-                found.append(Product(windows.spread(factor * alone, size), total, None))
-        return found
 
     def _windows(self) -> Windows:
         kernel, stride, padding, dilation, _ = self._arguments

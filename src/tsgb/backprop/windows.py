@@ -5,7 +5,8 @@ A kernel of ones is separable, so a window of k x k costs 2 k additions of one-c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -137,15 +138,33 @@ class Windows:
         Returns:
             (K, N, 1, *in).
         """
+        return self._spread_shared(field, size, lambda seen: weighting * seen)
+
+    def spread_to(self, field: Tensor, values: Tensor, places: Tensor, size: Sequence[int]) -> Tensor:
+        """Sum over g of ``field * values``, put where ``places`` says, with the work for each place done once.
+
+        Args:
+            field: (K, N, 1, *out). ``values``: (N, G, *out).
+            places: (N, G, *out), of which position of all, counted row by row, each value is for.
+            size: the positions, *in.
+
+        Returns:
+            (K, N, 1, *in).
+        """
+        positions = torch.arange(math.prod(size), device=field.device).reshape(1, 1, *size)
+        return self._spread_shared(field, positions, lambda here: values * (places == here))
+
+    def _spread_shared(self, field: Tensor, size: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """For each place in the window, add the field times what all classes share there."""
         whole = functional.pad(size, [n for e in zip(self.before[::-1], self.after[::-1], strict=True) for n in e])
         total = field.new_zeros(*field.shape[:2], 1, *whole.shape[2:])
         for offset in product(*(range(k) for k in self.kernel)):
             seen, given = whole, total
             for place, j in enumerate(offset):
-                step, count, d = self.stride[place], weighting.shape[2 + place], self.dilation[place]
+                step, count, d = self.stride[place], field.shape[3 + place], self.dilation[place]
                 seen = _every(seen, 2 + place, j * d, step, count)
                 given = _every(given, 3 + place, j * d, step, count)
-            given.addcmul_(field, (weighting * seen).sum(1, keepdim=True))
+            given.addcmul_(field, of(seen).sum(1, keepdim=True))
         for place, first in enumerate(self.before):
             total = total.narrow(3 + place, first, size.shape[2 + place])
         return total
