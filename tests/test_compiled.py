@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -168,11 +169,36 @@ class ByNumpy(Small):
         return super().forward(x * torch.from_numpy((x.detach().numpy() > 0) + 0.5).float())
 
 
+class LogitsByNumpy(Small):
+    def forward(self, x):
+        return super().forward(x) + torch.from_numpy(x.detach().numpy().reshape(len(x), -1)[:, :5] * 10)
+
+
+class CountByNumpy(Small):
+    def forward(self, x):
+        return super().forward(x * float((x.detach().numpy() > 0).mean()))
+
+
+def test_a_target_that_cannot_be_hashed():
+    @dataclass
+    class Score:
+        k: int
+
+        def __call__(self, output):
+            return output[:, self.k]
+
+    model, x = Small(), images()
+    explainer = traced(model, x, Score(1))
+    assert_same(explainer(x, Score(3)), tsgb.explain(model, x, Score(3)))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (ByValue(), "depends on the values"),
         (ByNumpy(), "by numpy"),
+        (LogitsByNumpy(), "by numpy"),
+        (CountByNumpy(), "by numpy"),
         (Drawing(), "draws random"),
         (torch.compile(Small()), "compiled itself"),
     ],

@@ -115,6 +115,70 @@ def test_whatever_reads_what_is_folded(how, folded):
         assert torch.allclose(model.kept, expected, atol=1e-5)
 
 
+class Odd(Reading):
+    """What other code does around a convolution."""
+
+    def forward(self, x):
+        x = functional.relu(self.norm1(self.conv1(x)))
+        if self.how == "weight rewritten":
+            weight = self.conv2.weight.detach().clone()
+            raw = functional.conv2d(x, weight, None, 1, "same", 1, 2)
+            weight *= -2
+            x = self.norm2(raw) + self.norm1(functional.conv2d(x, weight, None, 1, "same", 1, 2))
+        elif self.how == "without storage":
+            raw = self.conv2(x)
+            scale = torch.eye(6).to_sparse().to_dense().sum(1) + torch.vmap(lambda a: a * 2)(torch.ones(6))
+            x = self.norm2(raw) * scale[:, None, None]
+        elif self.how == "caught":
+            try:
+                x = functional.max_pool2d(x, 2)
+            except Exception:
+                x = x[:, :, ::2, ::2]
+        elif self.how == "refused":
+            try:
+                raw = self.conv2(x.permute(0, 2, 3, 1))
+            except RuntimeError:
+                raw = self.conv2(x)
+            x = self.norm2(raw)
+        return self.head(self.conv3(functional.relu(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["weight rewritten", "without storage", "caught", "refused"])
+def test_whatever_a_model_does_around_it(how):
+    assert_plain(Odd(how), torch.rand(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("error", [KeyError, None])
+def test_what_a_caller_holds_is_worked_out_even_if_the_run_was_in_vain(error):
+    held = []
+
+    class Holding(Reading):
+        def forward(self, x):
+            held.append(self.conv1(x))
+            if error is not None:
+                raise error
+            x = functional.relu(self.norm1(held[-1]))
+            return self.head(functional.max_pool2d(x, 2).mean((2, 3)))
+
+    model, x = Holding("nothing"), torch.rand(2, 3, 16, 16)
+    if error is None:
+        tsgb.explain(model, x, 1)
+    else:
+        with pytest.raises(error):
+            tsgb.explain(model, x, 1)
+    assert len(held) == (2 if error is None else 1)
+    assert all(torch.allclose(raw, model.conv1(x), atol=1e-5) for raw in held)
+
+
+def test_weights_in_half_precision_under_autocast():
+    model, x = Reading("nothing"), torch.rand(2, 3, 16, 16)
+    for layer in (model.conv1, model.conv2):
+        layer.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tsgb.explain(model, x, 1)
+        assert torch.allclose(found.logits.float(), model(x).float(), atol=0.02)
+
+
 @pytest.mark.parametrize("norm", [{"affine": False}, {"eps": 0.5, "momentum": None}])
 def test_every_batch_norm(norm, folded):
     assert_plain(Reading("nothing", **norm), torch.rand(2, 3, 16, 16).to(memory_format=torch.channels_last))

@@ -33,6 +33,7 @@ class _Program:
     has_logits: bool
     classes: int
     facts: Facts
+    target: Target  # held, as a callable is known by its identity
 
     def run(self, tensors: tuple[Tensor, ...]) -> Pass:
         """Run it; with a target's indices, if it takes any, after the images."""
@@ -47,8 +48,8 @@ class CompiledExplainer:
 
     A graph is traced and compiled at the first call with images of a shape, type and device, a number of classes or a
     callable target, in or out of autocast; it is kept for later calls. All graphs are traced anew once a weight or
-    buffer of the model was replaced or written to. Another change of the model (its code, its hooks, its attributes)
-    is not seen. Safe in threads.
+    buffer of the module was replaced or written to; of a function that runs a module, once one was written to. Other
+    changes (code, hooks, attributes, writes through ``.data``) are not seen. Safe in threads.
 
     Example:
         >>> import tsgb
@@ -89,7 +90,7 @@ class CompiledExplainer:
     def _passed(
         self, request: Request, inputs: tuple[Tensor, ...], target: Target, is_filled: bool = False
     ) -> tuple[Pass, Facts]:
-        kind = target.shape[1] if isinstance(target, Tensor) else target
+        kind = target.shape[1] if isinstance(target, Tensor) else id(target) if callable(target) else target
         device = inputs[0].device.type
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (*((x.shape, x.dtype, x.device) for x in inputs), kind, casts, is_filled)
@@ -117,7 +118,7 @@ class CompiledExplainer:
 
     def _now(self) -> list[Any]:
         """Which weights the model has, and how often they were written to."""
-        model = self._request.model
+        model = getattr(self._request.model, "__self__", self._request.model)
         modules = [model] if isinstance(model, nn.Module) else [p.graph for p in self._programs.values()]
         held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         return [(id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in held]
@@ -172,7 +173,7 @@ def _traced(passed: Callable[..., Any], inputs: tuple[Tensor, ...], target: Targ
         known.append((done, facts))
         return (*done.relevance, done.targets, done.arrived, *([] if done.logits is None else [done.logits]))
 
-    images = [x.roll(1, -1) * 0.5 for x in inputs]
+    images = [0.3 - 0.5 * x.roll(1, -1) for x in inputs]
     classes = [torch.zeros_like(target, device=inputs[0].device)] if isinstance(target, Tensor) else []
     try:
         graph = make_fx(work, decomposition_table={torch.ops.aten.div.out: _divided})(*images, *classes)
@@ -188,7 +189,7 @@ def _traced(passed: Callable[..., Any], inputs: tuple[Tensor, ...], target: Targ
             raise RuntimeError(f"the model draws random numbers ({node.target}): use tsgb.explain")
     done, facts = known[0]
     classes_of = 0 if done.logits is None else done.logits.shape[-1]
-    return _Program(graph, graph, len(inputs), done.logits is not None, classes_of, facts)
+    return _Program(graph, graph, len(inputs), done.logits is not None, classes_of, facts, target)
 
 
 def _passed(
@@ -201,8 +202,14 @@ def _passed(
 
 
 def _check_trace(ours: Pass, eager: tuple[Pass, Facts]) -> None:
-    for mine, theirs in zip(ours.relevance, eager[0].relevance, strict=True):
-        if (mine - theirs).norm() > 1e-3 * theirs.norm():
+    theirs = eager[0]
+    pairs = [*zip(ours.relevance, theirs.relevance, strict=True), (ours.targets, theirs.targets)]
+    pairs += [(ours.arrived, theirs.arrived)]
+    if ours.logits is not None and theirs.logits is not None:
+        pairs.append((ours.logits, theirs.logits))
+    for one, other in pairs:
+        a, b = one.double(), other.to(one.device).double()
+        if not (a - b).norm() <= 1e-3 * b.norm() and not b.isnan().any():
             raise RuntimeError(
                 "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, say): use "
                 "tsgb.explain"

@@ -56,6 +56,7 @@ class Folding:
         passes_on = isinstance(rule, partial) and rule.func is rules.shift
         self._left = pools if passes_on else None
         self._has_folded = False
+        self.is_spoiled = False  # whether a max pooling came after; the model may have caught the error
 
     @property
     def is_on(self) -> bool:
@@ -70,6 +71,7 @@ class Folding:
         """
         if name in _CHOOSING and self._left is not None:
             if self._has_folded:
+                self.is_spoiled = True
                 raise FoldedError
             self._left = max(0, self._left - 1)
 
@@ -90,22 +92,23 @@ class Waiting(Cell):
 
     Args:
         function: the convolution, of ``x``, ``weight`` and ``options``.
-        x: (N, C, *in). ``options``: stride, padding, dilation and groups by name, as they came.
+        x: (N, C, *in). ``weight``: (O, C / groups, *k).
+        options: stride, padding, dilation and groups by name, as they came.
     """
 
-    def __init__(self, function: Callable[..., Tensor], x: Cell, weight: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, function: Callable[..., Tensor], x: Cell, weight: Cell, options: dict[str, Any]) -> None:
         self._function, self._x, self._weight, self._options = function, x, weight, options
         self.is_spared = False
 
     @property
     def tensor(self) -> Tensor:  # type: ignore[override]
         """The output."""
-        return self._run(self._weight, None)
+        return self._run(self._weight.tensor, None)
 
     def empty(self, windows: Windows) -> Tensor:
         """A tensor of the output's shape, in the memory of one value."""
         x = self._x.tensor
-        shape = len(x), len(self._weight), *windows.count(x.shape[2:])
+        shape = len(x), len(self._weight.tensor), *windows.count(x.shape[2:])
         return torch.empty_strided(shape, [0] * len(shape), dtype=x.dtype, device=x.device)
 
     def folded(
@@ -123,8 +126,8 @@ class Waiting(Cell):
         if weight is not None:
             scale = scale * weight
         shift = -running_mean * scale if bias is None else torch.addcmul(bias, running_mean, scale, value=-1)
-        wide = scale.reshape(-1, *(1 for _ in self._weight.shape[1:]))
-        return self._run(self._weight * wide, shift)
+        kernels = self._weight.tensor
+        return self._run(kernels * scale.reshape(-1, *(1 for _ in kernels.shape[1:])), shift)
 
     def _run(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = self._x.tensor

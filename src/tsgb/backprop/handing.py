@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rules.formulas import EPS
+from ..tracing import is_traced
 from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
@@ -199,11 +200,11 @@ class Sum(Handing):
         if self._b is None or self.o is None:
             raise LostError("the operands of a sum were let go")
         b, o, count = self._b.tensor, self.o.tensor, _count(parts)
-        if count == 1:
+        if count == 1 and not is_traced():
             return [[given] for given in self._of_one(parts, b, o)]
         share = _share(b, o)
         products = [part for part in parts if isinstance(part, Product)]
-        if len(products) > count:  # then the classes' own channels are less work than the products'
+        if len(products) > count or count == 1:  # then the classes' own channels are less work than the products'
             products = []
         given: list[list[Part]] = [[], []]
         for product in products:
@@ -302,7 +303,7 @@ class MaxPool(Handing):
     def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
         """Give the maxima all."""
         fields = _fields(parts) if self._below == SUMS else None
-        if fields is not None and (_count(parts) >= _MANY or self._is_partition()):
+        if fields is not None and (is_traced() or _count(parts) >= _MANY or self._is_partition()):
             windows, size = self._windows(), self._shape[2:]
             return [[Summed(windows.spread_to(factor, base, self._indices, size)) for factor, base in fields]]
         values = torch.stack([self.scattered(v) for v in dense(parts)])

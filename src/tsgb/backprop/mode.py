@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import rules
 from . import operators
-from .folding import FOLDED, UNREAD, Folding, Waiting
+from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
 from .nodes import SLOT, Handed, Ruled, Ruling, mapped
 from .operators import Call
@@ -69,7 +69,7 @@ class Backprop(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._kept, self._is_handing = kept, is_handing
-        self._folding = Folding(table, pools)
+        self.folding = Folding(table, pools)
         self._rules, self._heads, self._constant, self._products = (
             {operators.name(key): (key, rule) for key, rule in part.items() if callable(key)}
             for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
@@ -111,12 +111,13 @@ class Backprop(TorchFunctionMode):
         if self._kept.waiting and operators.name(func) not in UNREAD:
             self._kept.settle(operators.tensors((args, kwargs)))
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in operators.tensors((args, kwargs))):
-            self._kept.settle(operators.tensors((args, kwargs)))
+            if self._kept.waiting:
+                self._kept.settle(operators.tensors((args, kwargs)))
             with self._kept.watching():
                 return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
         met = self._meet(call)
-        self._folding.meet(call.name)
+        self.folding.meet(call.name)
         with torch.autocast(call.args[0].device.type, enabled=False) if self._is_fine(call, met) else nullcontext():
             return self._ran(func, args, kwargs, call, met)
 
@@ -125,7 +126,9 @@ class Backprop(TorchFunctionMode):
 
         In half precision the values of the image, and which of a pool's values is the largest, are told too coarsely.
         """
-        if met is None or met[0].head_rule is None or met[0].is_linear or call.args[0].dtype != torch.float32:
+        if met is None or met[0].head_rule is None or met[0].is_linear:
+            return False
+        if any(t.dtype != torch.float32 for t in operators.tensors((call.args, call.kwargs))):
             return False
         device = call.args[0].device.type
         if not torch.is_autocast_enabled(device):
@@ -212,7 +215,7 @@ class Backprop(TorchFunctionMode):
             ruling = _ruling(call, self._rules[call.name][0], self._rules[call.name][1])
         else:
             return None
-        begun = start(call, ruling.rule, ruling.function, kept.pack, self._folding)
+        begun = start(call, ruling.rule, ruling.function, kept.pack, self.folding)
         x, written = call.args[0], call.inplace
         if begun is None or (written is not None and (written is not x or written._is_view())):
             return None
@@ -227,7 +230,7 @@ class Backprop(TorchFunctionMode):
         if not (inplace and begun.is_kinked):
             ruling.x = waiting or kept.pack(x)
         if isinstance(waiting, Waiting):
-            run = partial(self._folding.fold, waiting, *call.args[1:], **call.kwargs)
+            run = partial(self.folding.fold, waiting, *call.args[1:], **call.kwargs)
         elif begun.run is None and not inplace:
             run = partial(ruling.function, *call.args, **call.kwargs)
         with kept.sparing(begun.spared if inplace else None):
@@ -388,8 +391,12 @@ def recording(
             hooks,
             Backprop(table, f, kept, handing, pools if handing else None) as run,
         ):
-            yield run
-            kept.settle_all()
+            try:
+                yield run
+            finally:
+                kept.settle_all()
+            if run.folding.is_spoiled:
+                raise FoldedError
     finally:
         kept.restore_random_state()
 

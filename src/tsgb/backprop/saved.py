@@ -50,20 +50,22 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def wait(self, tensor: Tensor, cell: Cell) -> None:
         """Let a tensor be worked out when it is read; the cell will have it."""
-        key = tensor.untyped_storage()._cdata
+        key = _storage(tensor)
         forget = weakref.ref(tensor, lambda _: self.waiting.pop(key, None))
         self.waiting[key] = forget, cell
 
     def waits(self, tensor: Tensor) -> Cell | None:
         """What will have a tensor that is not worked out yet, else None."""
-        found = self.waiting.get(tensor.untyped_storage()._cdata) if self.waiting else None
+        found = self.waiting.get(_storage(tensor)) if self.waiting else None
         return None if found is None else found[1]
 
     def settle(self, tensors: Iterable[Tensor]) -> None:
         """Work out what is about to be read."""
+        if not self.waiting:
+            return
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for tensor in tensors:
-                reference, cell = self.waiting.pop(tensor.untyped_storage()._cdata, (None, None))
+                reference, cell = self.waiting.pop(_storage(tensor), (None, None))
                 whole = None if reference is None else reference()
                 if whole is not None and cell is not None:
                     with self.aside():
@@ -149,6 +151,13 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if view not in copies:
                     copies[view] = cell.tensor.clone()
                 cell.tensor = copies[view]
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse, batched by vmap: of these none is kept
+        return 0
 
 
 def _cuda_states() -> list[Tensor]:

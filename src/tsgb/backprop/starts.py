@@ -114,10 +114,12 @@ def _convolution(
     def begin(o: Tensor) -> Convolution:
         return Convolution(x, o != 0 if has_zeros else None, windows, fields, below, is_positive, conv.keep)
 
-    if has_zeros or not conv.folding.waits(x, weight, bias):
+    # What the convolution would refuse, it is to refuse where it is called.
+    fits = x.shape[1] == weight.shape[1] * groups and min(windows.count(x.shape[2:])) > 0 and x.device == weight.device
+    if has_zeros or not fits or not conv.folding.waits(x, weight, bias):
         return Start((x,), begin)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    waiting = Waiting(conv.function, conv.keep(x), weight, options)
+    waiting = Waiting(conv.function, conv.keep(x), conv.keep(weight), options)
     return Start((x,), begin, lambda: waiting.empty(windows), waiting=waiting)
 
 
