@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import nn
 
 import tsgb
 from loading import printed
 from networks_spelled import SPELLED, NormalisesItsInput
-from test_handing import REAL, Drawn
+from test_handing import REAL, Drawn, real
 from tsgb import rules
 
 
@@ -92,12 +91,9 @@ def test_a_network_drawn_at_random(data, seed):
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name, shared):
-    options = {**REAL[name], "weights": shared / "weights" / REAL[name]["weights"]}
-    network = tsgb.load(f"{shared}/tools/nets.py:{name}" if name == "tiny_darknet" else name, **options)
-    pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[:2]
-    x = torch.stack([network.preprocessing.tensor(Image.open(path).convert("RGB")) for path in pictures])
-    explainer = traced(network.model, x.flip(0), [[3, 281], [281, 7]])
-    assert_same(explainer(x, [[7, 9], [281, 7]]), tsgb.explain(network.model, x, [[7, 9], [281, 7]]), 1e-4)
+    model, x = real(name, shared, slice(2))
+    explainer = traced(model, x.flip(0), [[3, 281], [281, 7]])
+    assert_same(explainer(x, [[7, 9], [281, 7]]), tsgb.explain(model, x, [[7, 9], [281, 7]]), 1e-4)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")

@@ -268,25 +268,28 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_networks_in_float32(name, shared):
+def real(name, shared, which):
+    """A network with its weights, and photographs for it."""
     options = {**REAL[name], "weights": shared / "weights" / REAL[name]["weights"]}
     network = tsgb.load(f"{shared}/tools/nets.py:{name}" if name == "tiny_darknet" else name, **options)
-    pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[:2]
+    pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[which]
     x = torch.stack([network.preprocessing.tensor(Image.open(path).convert("RGB")) for path in pictures])
-    assert_handed(network.model, x, [[3, 281], [281, 7]], tolerance=1e-4)
+    return network.model, x
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks_in_float32(name, shared):
+    model, x = real(name, shared, slice(2))
+    assert_handed(model, x, [[3, 281], [281, 7]], tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks_in_half_precision(name, dtype, shared):
-    options = {**REAL[name], "weights": shared / "weights" / REAL[name]["weights"]}
-    network = tsgb.load(f"{shared}/tools/nets.py:{name}" if name == "tiny_darknet" else name, **options)
-    pictures = sorted((shared / "data" / "imagenet_val400").rglob("*.jpg"))[::80]
-    x = torch.stack([network.preprocessing.tensor(Image.open(path).convert("RGB")) for path in pictures])
-    single = tsgb.explain(network.model, x)
+    model, x = real(name, shared, slice(None, None, 80))
+    single = tsgb.explain(model, x)
     with torch.autocast("cpu", dtype=dtype):
-        half = tsgb.explain(network.model, x, single.targets)
+        half = tsgb.explain(model, x, single.targets)
     for ours, theirs in zip(half.maps.flatten(1), single.maps.flatten(1), strict=True):
         assert float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) > 0.999
 
