@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 __all__ = ["holds", "is_traced", "untraced"]
+
+_NOTHING = nullcontext()
 
 
 def is_traced() -> bool:
@@ -34,8 +36,7 @@ def holds(condition: Tensor) -> bool:
     return is_traced() or bool(condition.any())
 
 
-@contextmanager
-def untraced() -> Iterator[None]:
+def untraced() -> AbstractContextManager[Any]:
     """Run the body beside the graph: it tells what is so whatever the images are, of shapes and weights.
 
     Example:
@@ -43,8 +44,4 @@ def untraced() -> Iterator[None]:
         ...     int(torch.ones(3).count_nonzero())
         3
     """
-    if is_traced():
-        with disable_proxy_modes_tracing():
-            yield
-    else:
-        yield
+    return disable_proxy_modes_tracing() if is_traced() else _NOTHING

@@ -122,14 +122,16 @@ class Waiting(Cell):
         eps: float = 1e-5,
     ) -> Tensor:
         """The output of the batch norm that follows."""
-        scale = (running_var + eps).rsqrt()
+        scale = (running_var + eps).rsqrt_()
         if weight is not None:
-            scale = scale * weight
+            scale *= weight
         shift = -running_mean * scale if bias is None else torch.addcmul(bias, running_mean, scale, value=-1)
         kernels = self._weight.tensor
-        return self._run(kernels * scale.reshape(-1, *(1 for _ in kernels.shape[1:])), shift)
+        return self._run(kernels * scale.reshape(-1, *[1] * (kernels.dim() - 1)), shift)
 
     def _run(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = self._x.tensor
-        with torch.autocast(x.device.type, enabled=False):  # as it was when the convolution was called
-            return self._function(x, weight, bias, **self._options)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # as it was when the convolution was called
+                return self._function(x, weight, bias, **self._options)
+        return self._function(x, weight, bias, **self._options)

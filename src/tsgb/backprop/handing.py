@@ -40,7 +40,7 @@ GRADIENT: Takes = "gradient"
 CHANNELS: Takes = "channels"
 SUMS: Takes = "sums"
 
-_PIECE = 2**21  # values of a tensor that is worked on in one piece
+_PIECE = 2**20  # values of a tensor that is worked on in one piece
 _MANY = 3  # classes from which on what they share is worked out once and not for each
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 
@@ -54,7 +54,7 @@ class Handing(ABC):
     has_zeros = True  # whether values of the output may be 0 and yet not tell that nothing arrives there
 
     @abstractmethod
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """From the relevance that arrives to what each input is given."""
 
     def forget(self) -> None:  # noqa: B027
@@ -68,9 +68,9 @@ class Image(Handing):
         """``takes``: what is asked for."""
         self.takes = takes
 
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give what came."""
-        return [list(parts)]
+        return [parts]
 
 
 class Passing(Handing):
@@ -80,9 +80,9 @@ class Passing(Handing):
         """``below``: what the producer takes, and so this. The rest is of the output."""
         self.takes, self.is_positive, self.has_zeros = below, is_positive, has_zeros
 
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give what came."""
-        return [list(parts)]
+        return [parts]
 
 
 class Convolution(Handing):
@@ -120,14 +120,14 @@ class Convolution(Handing):
         """Let go of the input."""
         self._x = self._total = self._alive = None
 
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Share each position's relevance among all that it sees, in proportion to |x|."""
         if self._alive is not None:
             parts = [Dense(dense(parts).mul_(self._alive))]
         if self._fields > 1:
             return [[self._grouped(parts)]]
         assert self._total is not None
-        shared = summed(parts) / (self._windows.sums(self._total) + EPS)
+        shared = summed(parts) / self._windows.sums(self._total, EPS)
         field = self._windows.spread(shared, self._size)
         if self.below == SUMS:
             return [[Product(field, self._total, None)]]
@@ -142,7 +142,7 @@ class Convolution(Handing):
             sums = self._sums if _fields(parts) is None or _count(parts) < _MANY else self._sums_at_once
             pieces = _pieces(len(size), size[0].numel())
             return Summed(torch.cat([sums(_cut(parts, rows), size[rows]) for rows in pieces], 1))
-        n = self._windows.sums(size) + EPS
+        n = self._windows.sums(size, EPS)
         field = self._windows.spread(_grouped(dense(parts), self._fields, 2).div_(n), self._size)
         factor = sizes if self.below == CHANNELS else single(self._input()).sign()
         values = (field.unsqueeze(3) * _unflattened(factor, self._fields, 1)).flatten(2, 3)
@@ -150,12 +150,18 @@ class Convolution(Handing):
 
     def _sums(self, parts: Sequence[Part], size: Tensor) -> Tensor:
         """The sums over channels below, of some images."""
-        shared = _grouped(dense(parts), self._fields, 2).div_(self._windows.sums(size) + EPS)
+        n = self._windows.sums(size, EPS)
+        fields = _fields(parts) if len(parts) == _count(parts) == 1 else None
+        if fields is None or is_traced():
+            shared = _grouped(dense(parts), self._fields, 2).div_(n)
+        else:  # the same in the place of n
+            factor, base = fields[0]
+            shared = torch.div(_grouped(base, self._fields, 1), n, out=n).mul_(factor[0])[None]
         return self._windows.spread(shared, self._size).mul_(size).sum(2, keepdim=True)
 
     def _sums_at_once(self, parts: Sequence[Part], size: Tensor) -> Tensor:
         """The same; for each place in the window a one-channel map that all classes share."""
-        n = self._windows.sums(size) + EPS
+        n = self._windows.sums(size, EPS)
         found = [
             self._windows.spread_products(factor, _grouped(base, self._fields, 1) / n, size)
             for factor, base in _fields(parts) or ()
@@ -195,7 +201,7 @@ class Sum(Handing):
         """Let go of operand and sum."""
         self._b = self.o = None
 
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give both operands their shares."""
         if self._b is None or self.o is None:
             raise LostError("the operands of a sum were let go")
@@ -264,7 +270,7 @@ class Mean(Handing):
         """Let go of the input."""
         self._x = None
 
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give each channel its weight."""
         if self._x is None:
             raise LostError("the input of a mean was let go")
@@ -300,7 +306,7 @@ class MaxPool(Handing):
         """Let go of the places of the maxima."""
         self._indices = None  # type: ignore[assignment]
 
-    def hand(self, parts: Sequence[Part]) -> list[list[Part]]:
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give the maxima all."""
         fields = _fields(parts) if self._below == SUMS else None
         if fields is not None and (is_traced() or _count(parts) >= _MANY or self._is_partition()):

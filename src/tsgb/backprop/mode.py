@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,12 +24,14 @@ from .. import rules
 from . import operators
 from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
-from .nodes import SLOT, Handed, Ruled, Ruling, mapped
-from .operators import Call
+from .nodes import SLOT, Handed, Job, Ruled, Ruling
+from .operators import Call, mapped
 from .relevance import LostError
 from .saved import Kept
 from .starts import start
 
+# What a tensor tells without being read, of which no more need be known.
+_FACTS = UNREAD - {FOLDED, "requires_grad"}
 _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "storage_offset")
 
 __all__ = ["Backprop", "CoverageError", "recording"]
@@ -97,29 +99,45 @@ class Backprop(TorchFunctionMode):
             ruling = Ruling("image", (), {}, torch.clone, rules.ORDINARY)  # type: ignore[arg-type]
             takes = CHANNELS if whole or leaf.dim() < 3 else SUMS
             copy = partial(leaf.detach().clone, memory_format=form)
-            image: Tensor = Handed.apply(ruling, copy, lambda _: Image(takes), False, leaf)  # type: ignore[no-untyped-call]
+            image: Tensor = Handed.apply(Job(ruling, copy, lambda _: Image(takes), False), leaf)  # type: ignore[no-untyped-call]
             return image
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with self._kept.aside():
-            return self._called(func, mapped(_constant, args), mapped(_constant, kwargs) if kwargs else {})
+        name = operators.name(func)
+        if name in _FACTS:
+            return func(*args, **(kwargs or {}))
+        is_on = self._kept.leave()
+        try:
+            return self._called(func, name, args, kwargs or {})
+        finally:
+            self._kept.resume(is_on)
 
-    def _called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _called(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call under its rule, if it has one."""
-        if self._kept.waiting and operators.name(func) not in UNREAD:
-            self._kept.settle(operators.tensors((args, kwargs)))
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in operators.tensors((args, kwargs))):
+        seen: list[Tensor] = []
+
+        def constant(tensor: Tensor) -> Tensor:
+            seen.append(_constant(tensor))
+            return seen[-1]
+
+        args, kwargs = mapped(constant, args), mapped(constant, kwargs)
+        if self._kept.waiting and name not in UNREAD:
+            self._kept.settle(seen)
+        depending = sum([t.requires_grad for t in seen])
+        if not depending or not torch.is_grad_enabled():
             if self._kept.waiting:
-                self._kept.settle(operators.tensors((args, kwargs)))
+                self._kept.settle(seen)
             with self._kept.watching():
                 return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
-        met = self._meet(call)
+        met = self._meet(call, depending)
         self.folding.meet(call.name)
-        with torch.autocast(call.args[0].device.type, enabled=False) if self._is_fine(call, met) else nullcontext():
-            return self._ran(func, args, kwargs, call, met)
+        if self._is_fine(call, met):
+            with torch.autocast(call.args[0].device.type, enabled=False):
+                return self._ran(func, args, kwargs, call, met)
+        return self._ran(func, args, kwargs, call, met)
 
     def _is_fine(self, call: Call, met: tuple[Ruling, Call] | None) -> bool:
         """Tell whether a convolution is to run in float32 under autocast: the first few.
@@ -128,10 +146,9 @@ class Backprop(TorchFunctionMode):
         """
         if met is None or met[0].head_rule is None or met[0].is_linear:
             return False
-        if any(t.dtype != torch.float32 for t in operators.tensors((call.args, call.kwargs))):
+        if not torch.is_autocast_enabled(call.args[0].device.type):
             return False
-        device = call.args[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if any(t.dtype != torch.float32 for t in operators.tensors((call.args, call.kwargs))):
             return False
         return sum(ruling.head_rule is not None for ruling in self._met) < _FINE
 
@@ -171,16 +188,18 @@ class Backprop(TorchFunctionMode):
         ruling, call = met
         if self._is_handing:
             self._keep_outputs(call)
+        ruling.others = []  # autograd saves them
         self._met.append(ruling)
         self._release_below(ruling, call.args[0])
         with self._kept.watching():
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
             return o if call.inplace is None else call.inplace.copy_(o)
 
-    def _meet(self, call: Call) -> tuple[Ruling, Call] | None:
+    def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
         """Find the rule that a call meets, if any: by its role among its operands, else by its name.
 
         Of the call that comes back the first operand alone depends on the image; what else did is held constant.
+        ``depending``: how many operands depend on it.
         """
         signals = [t for t in call.args[:2] if isinstance(t, Tensor) and t.requires_grad]
         if len(signals) == 1 and call.name in self._constant and signals[0] is call.args[0]:
@@ -199,7 +218,8 @@ class Backprop(TorchFunctionMode):
         function, rule = self._rules.get(call.name, (None, None))
         if function is None or not callable(rule) or not signals or signals[0] is not call.args[0]:
             return None
-        call = replace(call, args=(signals[0], *mapped(_held, call.args[1:])), kwargs=mapped(_held, call.kwargs))
+        if depending > 1:
+            call = replace(call, args=(signals[0], *mapped(_held, call.args[1:])), kwargs=mapped(_held, call.kwargs))
         if call.name not in self._heads:
             return _ruling(call, function, rule), call
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
@@ -224,7 +244,6 @@ class Backprop(TorchFunctionMode):
         else:
             self._met.append(ruling)
         self._release_below(ruling, x)
-        ruling.others = [t for t in operators.tensors((call.args[1:], call.kwargs)) if not t.requires_grad]
         inplace = written is not None
         waiting = kept.waits(x)
         if not (inplace and begun.is_kinked):
@@ -233,10 +252,10 @@ class Backprop(TorchFunctionMode):
             run = partial(self.folding.fold, waiting, *call.args[1:], **call.kwargs)
         elif begun.run is None and not inplace:
             run = partial(ruling.function, *call.args, **call.kwargs)
-        with kept.sparing(begun.spared if inplace else None):
-            if written is not None:
+        if written is not None:
+            with kept.sparing(begun.spared):
                 kept.copy(written)
-            o = Handed.apply(ruling, begun.run or run, begun.begin, inplace, *begun.signals)  # type: ignore[no-untyped-call]
+        o = Handed.apply(Job(ruling, begun.run or run, begun.begin, inplace), *begun.signals)  # type: ignore[no-untyped-call]
         if inplace and begun.is_kinked:
             ruling.x = kept.pack(o)
         if begun.waiting is not None:
@@ -402,8 +421,15 @@ def recording(
 
 
 def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Tensor], **roles: Any) -> Ruling:
-    args, kwargs = mapped(lambda _: SLOT, (call.args[1:], call.kwargs))
-    return Ruling(call.name, args, kwargs, function, rule, **roles)
+    others: list[Tensor] = []
+
+    def taken(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            others.append(tensor)
+        return SLOT
+
+    args, kwargs = mapped(taken, call.args[1:]), mapped(taken, call.kwargs)
+    return Ruling(call.name, args, kwargs, function, rule, others=others, **roles)
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,12 @@ from .handing import GRADIENT, Handing
 from .relevance import Dense, Gradient, LostError, Part, Relevance, of_type, single
 from .saved import Cell
 
-__all__ = ["SLOT", "Handed", "Ruled", "Ruling", "mapped"]
+__all__ = ["SLOT", "Handed", "Job", "Ruled", "Ruling"]
 
 SLOT = torch.empty(0)
-_NESTING = (tuple, list, dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Ruling:
     """An operator that met a rule.
 
@@ -59,7 +58,7 @@ class Ruling:
         ``o`` is the output where the rule asks for it, ``others`` are the tensors among the call's other arguments.
         """
         tensors = iter(others)
-        args, kwargs = mapped(lambda _: single(next(tensors)), (self.args, self.kwargs))
+        args, kwargs = operators.mapped(lambda _: single(next(tensors)), (self.args, self.kwargs))
         with torch.autocast(x.device.type, enabled=False):
             if self.is_ordinary:
                 with torch.enable_grad():
@@ -122,25 +121,31 @@ class Ruled(torch.autograd.Function):
         return ruling.backward(grad, x, o, others), None, None, None
 
 
+class Job(NamedTuple):
+    """What `Handed` is to do: run an operator, then begin to hand on with its output."""
+
+    ruling: Ruling
+    run: Callable[[], Tensor]
+    begin: Callable[[Tensor], Handing]
+    is_inplace: bool
+
+
 class Handed(torch.autograd.Function):
     """An operator that hands relevance on; in place where its ruling says so."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        ruling: Ruling,
-        run: Callable[[], Tensor],
-        begin: Callable[[Tensor], Handing],
-        inplace: bool,
+        job: Job,
         *signals: Tensor,
     ) -> Tensor:
         """Run the operator, and let the rule keep what it needs."""
         ctx.set_materialize_grads(False)
-        ctx.ruling = ruling
-        o = run()
-        if inplace:
+        ctx.ruling = job.ruling
+        o = job.run()
+        if job.is_inplace:
             ctx.mark_dirty(signals[0])
-        ruling.handing = begin(o)
+        job.ruling.handing = job.begin(o)
         ctx.kinds = [(signal.shape, signal.dtype) for signal in signals]
         return o
 
@@ -148,9 +153,8 @@ class Handed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Hand on what arrives; the caller has left autocast."""
         ruling, grad = ctx.ruling, grads[0]
-        nothing = (None, None, None, None)
         if grad is None:
-            return (*nothing, *(None for _ in ctx.kinds))
+            return (None, *(None for _ in ctx.kinds))
         if not isinstance(grad, Relevance):
             raise LostError("a gradient of one class arrived")
         if ruling.is_ordinary or ruling.f is not None:
@@ -161,14 +165,18 @@ class Handed(torch.autograd.Function):
             given = ruling.handing.hand(parts)
         if not _is_kept():
             ruling.handing.forget()
+        if len(given) == 1 and given[0] is grad.parts and ctx.kinds[0] == (grad.shape, grad.dtype):
+            return None, grad
         made = [Relevance(shape, dtype, parts) for (shape, dtype), parts in zip(ctx.kinds, given, strict=True)]
-        return (*nothing, *made)
+        return (None, *made)
+
+
+_ASK = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
 def _is_kept() -> bool:
     """Tell whether the graph may be run again; a torch that cannot say keeps what is kept until the graph goes."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or bool(ask())
+    return _ASK is None or bool(_ASK())
 
 
 def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:
@@ -184,8 +192,10 @@ def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:
     return [[Dense(given * single(x)) if is_relevance else Gradient(given)]]
 
 
-def _relevance(parts: Sequence[Part], o: Cell | None) -> list[Part]:
+def _relevance(parts: list[Part], o: Cell | None) -> list[Part]:
     """Turn gradients into relevance."""
+    if not any(isinstance(part, Gradient) for part in parts):
+        return parts
     found: list[Part] = []
     for part in parts:
         if isinstance(part, Gradient):
@@ -195,27 +205,6 @@ def _relevance(parts: Sequence[Part], o: Cell | None) -> list[Part]:
         else:
             found.append(part)
     return found
-
-
-def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors of an operator's arguments."""
-    if isinstance(value, Tensor):
-        return function(value)
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return kind(
-            [
-                function(item)
-                if isinstance(item, Tensor)
-                else mapped(function, item)
-                if isinstance(item, _NESTING)
-                else item
-                for item in value
-            ]
-        )
-    if kind is dict:
-        return {key: mapped(function, item) for key, item in value.items()}
-    return value
 
 
 def _wants(rule: Callable[..., Any], name: str) -> bool:

@@ -35,7 +35,11 @@ _SYNONYMS = {
 }
 
 
-@dataclass(frozen=True)
+# Types that hold no tensors; a sequence of nothing else need not be gone through.
+_SIMPLE = frozenset({int, float, bool, str, type(None)})
+
+
+@dataclass(slots=True)
 class Call:
     """One call of an operator in its canonical spelling, ``name(x, *args, **kwargs)``.
 
@@ -56,11 +60,36 @@ def name(function: Callable[..., Any]) -> str:
         >>> [name(f) for f in (functional.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.__getitem__)]
         ['relu', 'relu', 'relu', 'getitem']
     """
+    return spelling(function).name
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What is known of a torch function by itself: its name, whether it writes on its operand, its arguments' names.
+
+    The names are those of a Python function that may be told to write ``inplace``, by name or by position.
+    """
+
+    name: str
+    is_inplace: bool
+    arguments: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=2048)
+def spelling(function: Callable[..., Any]) -> Spelling:
+    """Read a torch function's name and arguments.
+
+    Example:
+        >>> spelling(torch.relu_)
+        Spelling(name='relu', is_inplace=True, arguments=())
+    """
     word = getattr(function, "__name__", type(function).__name__)
+    is_inplace = word.endswith("_") and not word.endswith("__")
     if word == "__get__":
         word = function.__self__.__name__  # type: ignore[attr-defined]
     word = word.strip("_")
-    return _SYNONYMS.get(word, word)
+    names = tuple(inspect.signature(function).parameters) if inspect.isfunction(function) else ()
+    return Spelling(_SYNONYMS.get(word, word), is_inplace, names if "inplace" in names else ())
 
 
 def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -80,21 +109,23 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         >>> call.name, len(call.args), call.kwargs, call.inplace is x
         ('relu', 1, {}, True)
     """
-    word = getattr(function, "__name__", "")
-    is_inplace = word.endswith("_") and not word.endswith("__")
-    inplace = (args[0] if args else kwargs.get("input")) if is_inplace else None
-    call = _bound(function, Call(name(function), args, kwargs, inplace))
-    _refuse_training(call)
+    spelled = spelling(function)
+    kwargs = dict(kwargs)
+    inplace = (args[0] if args else kwargs.get("input")) if spelled.is_inplace else None
+    if spelled.arguments or "inplace" in kwargs:
+        args, inplace = _bound(args, kwargs, spelled.arguments, inplace)
+    if spelled.name in _TRAINING:
+        _refuse_training(spelled.name, args, kwargs)
     if function is torch.batch_norm:
         x, weight, bias, mean, var, training, momentum, eps = args[:8]
-        return replace(call, args=(x, mean, var, weight, bias, training, momentum, eps), kwargs={})
-    if "input" in call.kwargs:
-        rest = {key: value for key, value in call.kwargs.items() if key != "input"}
-        call = replace(call, args=(call.kwargs["input"], *call.args), kwargs=rest)
-    if len(call.args) == 1 and "other" in call.kwargs:
-        rest = {key: value for key, value in call.kwargs.items() if key != "other"}
-        call = replace(call, args=(call.args[0], call.kwargs["other"]), kwargs=rest)
-    return _SWAPS.get(call.name, _same)(call)
+        args, kwargs = (x, mean, var, weight, bias, training, momentum, eps), {}
+    if "input" in kwargs:
+        args = (kwargs.pop("input"), *args)
+    if len(args) == 1 and "other" in kwargs:
+        args = (args[0], kwargs.pop("other"))
+    call = Call(spelled.name, args, kwargs, inplace)
+    swap = _SWAPS.get(call.name)
+    return call if swap is None else swap(call)
 
 
 def plain(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,16 +148,52 @@ def tensors(value: Any) -> list[Tensor]:
         [1, 2, 4]
     """
     found: list[Tensor] = []
-    ahead = [value]
-    while ahead:
-        item = ahead.pop()
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            ahead += reversed(item)
-        elif isinstance(item, dict):
-            ahead += reversed(item.values())
+    _collect(value, found)
     return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        if not _SIMPLE.issuperset(map(type, value)):
+            for item in value:
+                if isinstance(item, Tensor):
+                    found.append(item)
+                elif type(item) not in _SIMPLE:
+                    _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to the tensors of an operator's arguments: themselves, in lists, tuples and dicts.
+
+    Example:
+        >>> mapped(torch.neg, (torch.tensor(1), [torch.tensor(2), 3]))
+        (tensor(-1), [tensor(-2), 3])
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        if _SIMPLE.issuperset(map(type, value)):
+            return value
+        # What is met most is told apart here, as every call of a model comes by.
+        return kind(
+            [
+                item
+                if type(item) in _SIMPLE
+                else function(item)
+                if isinstance(item, Tensor)
+                else mapped(function, item)
+                for item in value
+            ]
+        )
+    if kind is dict:
+        return {key: item if type(item) in _SIMPLE else mapped(function, item) for key, item in value.items()}
+    return value
 
 
 def on_vector(x: Tensor, weight: Tensor) -> bool:
@@ -145,23 +212,19 @@ def on_vector(x: Tensor, weight: Tensor) -> bool:
     return positions.numel() == 1
 
 
-@lru_cache(maxsize=512)
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    # Only Python functions have both a signature and an `inplace` that may come by position.
-    return inspect.signature(function) if inspect.isfunction(function) else None
-
-
-def _bound(function: Callable[..., Any], call: Call) -> Call:
-    signature = _signature(function)
-    if signature is not None and "inplace" in signature.parameters:
-        bound = signature.bind(*call.args, **call.kwargs)
-        inplace = bound.arguments.pop("inplace", False)
-        target = next(iter(bound.arguments.values())) if inplace else call.inplace
-        return Call(call.name, bound.args, bound.kwargs, target)
-    if call.kwargs.get("inplace") is not None:
-        rest = {key: value for key, value in call.kwargs.items() if key != "inplace"}
-        return replace(call, kwargs=rest, inplace=call.args[0] if call.kwargs["inplace"] else call.inplace)
-    return call
+def _bound(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], inplace: Tensor | None
+) -> tuple[tuple[Any, ...], Tensor | None]:
+    """Take ``inplace`` out; of a Python function bring what came by name to its place before."""
+    placed = list(args)
+    for name in names[len(placed) :]:
+        if name not in kwargs:
+            break
+        placed.append(kwargs.pop(name))
+    flag = kwargs.pop("inplace", None)
+    if "inplace" in names[: len(placed)]:
+        flag = placed.pop(names.index("inplace"))
+    return tuple(placed), placed[0] if flag else inplace
 
 
 # Where the flag for training stands among the arguments.
@@ -176,27 +239,21 @@ _TRAINING = {
 }
 
 
-def _refuse_training(call: Call) -> None:
-    if call.name not in _TRAINING:
-        return
-    position = _TRAINING[call.name]
-    training = call.args[position] if len(call.args) > position else call.kwargs.get("training", False)
-    batch = call.name == "batch_norm"
-    rate = 1 if batch or call.name == "rrelu" else call.args[1] if len(call.args) > 1 else call.kwargs.get("p", 1)
+def _refuse_training(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    position = _TRAINING[name]
+    training = args[position] if len(args) > position else kwargs.get("training", False)
+    batch = name == "batch_norm"
+    rate = 1 if batch or name == "rrelu" else args[1] if len(args) > 1 else kwargs.get("p", 1)
     if training and rate != 0:
         reason = "takes its statistics from the batch" if batch else "draws random numbers"
         raise RuntimeError(
-            f"the model calls {call.name} in training mode, which {reason}: call model.eval() first "
+            f"the model calls {name} in training mode, which {reason}: call model.eval() first "
             "(a batch norm without running statistics has no evaluation mode and cannot be explained)"
         )
 
 
 def _depends(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _same(call: Call) -> Call:
-    return call
 
 
 def _commuted(call: Call) -> Call:

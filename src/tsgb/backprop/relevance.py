@@ -116,7 +116,7 @@ class Relevance(Tensor):
         """Make a tensor of a shape and type that holds parts in place of values."""
         device = next(iter(vars(parts[0]).values())).device
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self.parts = _merged(parts)
+        self.parts = _merged(parts) if len(parts) > 1 else list(parts)
         return self
 
     def gradients(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import operators
 from .relevance import LostError
@@ -68,36 +68,39 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 reference, cell = self.waiting.pop(_storage(tensor), (None, None))
                 whole = None if reference is None else reference()
                 if whole is not None and cell is not None:
-                    with self.aside():
+                    is_on = self.leave()
+                    try:
                         whole.data = cell.tensor
+                    finally:
+                        self.resume(is_on)
 
     def settle_all(self) -> None:
         """Work out what is left and can still be read."""
         self.settle([t for t in [reference() for reference, _ in self.waiting.values()] if t is not None])
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Run the body unwatched, as it writes on nothing that is kept and draws no random numbers."""
-        is_on = _get_current_dispatch_mode() is self
+    def leave(self) -> bool:
+        """Stop watching, for what writes on nothing that is kept and draws no random numbers; tell whether it did."""
+        count: int = torch._C._len_torch_dispatch_stack()
+        is_on = count > 0 and torch._C._get_dispatch_stack_at(count - 1) is self
         if is_on:
-            _pop_mode()
-        try:
-            yield
-        finally:
-            if is_on:
-                _push_mode(self)
+            torch._C._pop_torch_dispatch_stack(None)
+        return is_on
+
+    def resume(self, is_on: bool) -> None:
+        """Watch on, after what `leave` told."""
+        if is_on:
+            torch._C._push_on_torch_dispatch_stack(self)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Run the body watched, within one that is not."""
-        is_off = _get_current_dispatch_mode() is not self
-        if is_off:
-            _push_mode(self)
+        is_on = self.leave()
+        self.resume(True)
         try:
             yield
         finally:
-            if is_off:
-                _pop_mode()
+            self.leave()
+            self.resume(is_on)
 
     def is_innermost(self) -> bool:
         """Tell whether what autograd saves now comes to `pack`, not to later hooks; False where torch cannot say."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rules
-from ..tracing import untraced
+from ..tracing import is_traced, untraced
+from . import operators
 from .folding import Folding, Waiting
 from .handing import GRADIENT, Convolution, Handing, MaxPool, Mean, Passing, Sum, Takes
 from .operators import Call
@@ -23,7 +25,7 @@ __all__ = ["Start", "producer", "start"]
 Keep = Callable[[Tensor], Cell]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Start:
     """An operator about to run.
 
@@ -84,7 +86,7 @@ def _is_positive(x: Tensor) -> bool:
     return handing is not None and handing.is_positive
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Conv:
     function: Callable[..., Tensor]
     is_lumped: bool
@@ -106,21 +108,32 @@ def _convolution(
         return None
     fields, below, is_positive = 1 if conv.is_lumped else groups, _taken(x), _is_positive(x)
     windows = Windows.of(weight.shape[2:], stride, padding, dilation)
+    count = windows.count(x.shape[2:])
+    # What the convolution would refuse, it is to refuse where it is called.
+    fits = x.shape[1] == weight.shape[1] * groups and min(count) > 0 and x.device == weight.device
+    # Weights more than values of the output take longer to read, and to scale, than the output.
+    is_heavy = len(x) * len(weight) * math.prod(count) < weight.numel() and not is_traced()
     # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so only
     # where nothing is seen, and lost anyway.
     with untraced():
-        has_zeros = bias is None and int(weight.count_nonzero()) < weight.numel()
+        may_be_zero = bias is None and (is_heavy or int(weight.count_nonzero()) < weight.numel())
 
     def begin(o: Tensor) -> Convolution:
+        has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero
         return Convolution(x, o != 0 if has_zeros else None, windows, fields, below, is_positive, conv.keep)
 
-    # What the convolution would refuse, it is to refuse where it is called.
-    fits = x.shape[1] == weight.shape[1] * groups and min(windows.count(x.shape[2:])) > 0 and x.device == weight.device
-    if has_zeros or not fits or not conv.folding.waits(x, weight, bias):
-        return Start((x,), begin)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if is_heavy and fits and x.dim() == 4 and not x.is_contiguous():
+        return Start((x,), begin, lambda: _as_contiguous(partial(conv.function, **options), x, weight, bias))
+    if may_be_zero or not fits or not conv.folding.waits(x, weight, bias):
+        return Start((x,), begin)
     waiting = Waiting(conv.function, conv.keep(x), conv.keep(weight), options)
     return Start((x,), begin, lambda: waiting.empty(windows), waiting=waiting)
+
+
+def _as_contiguous(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run a convolution whose weights are many: for an image channels last torch would rearrange them at each call."""
+    return function(x.contiguous(), weight, bias).contiguous(memory_format=torch.channels_last)
 
 
 def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | None:
@@ -146,8 +159,17 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
 def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> bool:
     if function in rules.KINKED and len(call.args) == 1 and not call.kwargs:
         return True
+    rest = call.args[1:], tuple(call.kwargs.items())
+    if operators.tensors(rest):
+        with untraced():
+            return not function(x.new_zeros(1), *call.args[1:], **call.kwargs).any()
+    return _keeps_zero(function, *rest)
+
+
+@lru_cache(maxsize=512)
+def _keeps_zero(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> bool:
     with untraced():
-        return not function(x.new_zeros(1), *call.args[1:], **call.kwargs).any()
+        return not function(torch.zeros(1), *args, **dict(kwargs)).any()
 
 
 def _widens(x: Tensor, other: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -50,9 +51,9 @@ class Windows:
             before, after = tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
         else:
             before = after = _each(0 if padding == "valid" else padding, len(kernel))
-        return cls(kernel, stride, before, after, dilation)
+        return _windows(kernel, stride, before, after, dilation)
 
-    @property
+    @cached_property
     def is_point(self) -> bool:
         """Whether each window is one position, and every position has its own."""
         ones, zeros = (1,) * len(self.kernel), (0,) * len(self.kernel)
@@ -66,14 +67,14 @@ class Windows:
             (3,)
         """
         parts = zip(self.before, size, self.after, self._reach, self.stride, strict=True)
-        return tuple((before + n + after - reach - 1) // step + 1 for before, n, after, reach, step in parts)
+        return tuple([(before + n + after - reach - 1) // step + 1 for before, n, after, reach, step in parts])
 
-    def sums(self, x: Tensor) -> Tensor:
-        """Sum over each window: (N, G, *in) to (N, G, *out)."""
+    def sums(self, x: Tensor, more: float = 0.0) -> Tensor:
+        """Sum over each window: (N, G, *in) to (N, G, *out), with a number added to each sum."""
         if self.is_point:
-            return x
+            return x + more
         if self._is_even and x.shape[1] > 1:
-            return self._convolved(x, self.stride, self.before)
+            return self._convolved(x, more, self.stride, self.before)
         x = functional.pad(x, [n for ends in zip(self.before[::-1], self.after[::-1], strict=True) for n in ends])
         for place, (k, step, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             dim = place - len(self.kernel)
@@ -82,7 +83,7 @@ class Windows:
             for j in range(1, k):
                 total += _every(x, dim, j * d, step, count)
             x = total
-        return x
+        return x.add_(more)
 
     def spread(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Give each window's value to all its positions, added up where they meet: (..., G, *out) to (..., G, *in)."""
@@ -90,7 +91,9 @@ class Windows:
             return x
         if self._is_even and x.shape[-1 - len(self.kernel)] > 1:
             leading = x.shape[: -1 - len(self.kernel)]
-            spread = self._spread_convolved(x.flatten(0, len(leading) - 1), size)
+            # Not by flatten, which of one class and image makes strides that torch does not know for channels last.
+            images = x[0] if len(leading) == 2 and leading[0] == 1 else x.flatten(0, len(leading) - 1)
+            spread = self._spread_convolved(images, size)
             return spread.reshape(*leading, *spread.shape[1:])
         for place, (k, step, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             dim = place - len(self.kernel)
@@ -105,29 +108,29 @@ class Windows:
 
     @property
     def _is_even(self) -> bool:
-        """Whether the transpose of a convolution with these windows is one too, with windows as large."""
-        return self.before == self.after and all(b <= reach for b, reach in zip(self.before, self._reach, strict=True))
+        """Whether both ends are padded alike, as torch's convolutions pad."""
+        return self.before == self.after
 
-    @property
+    @cached_property
     def _reach(self) -> tuple[int, ...]:
         return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True))
 
-    def _convolved(self, x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+    def _convolved(self, x: Tensor, more: float, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
         """Window sums of many channels (N, G, *), where one convolution takes less than many additions."""
         convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.kernel) - 1]
-        ones = x.new_ones(x.shape[1], 1, *self.kernel)
-        return convolution(x, ones, None, stride, padding, self.dilation, x.shape[1])
+        ones, groups = x.new_ones(x.shape[1], 1, *self.kernel), x.shape[1]
+        bias = x.new_full((groups,), more) if more else None  # which costs nothing, as an addition would
+        return convolution(x, ones, bias, stride, padding, self.dilation, groups)
 
     def _spread_convolved(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        if any(step > 1 for step in self.stride):
-            ends = [n + 2 * b - r for n, b, r in zip(size, self.before, self._reach, strict=True)]
-            last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-            form = torch.channels_last if last else torch.contiguous_format
-            apart = torch.empty(*x.shape[:2], *ends, dtype=x.dtype, device=x.device, memory_format=form).zero_()
-            places = [slice(0, (n - 1) * step + 1, step) for n, step in zip(x.shape[2:], self.stride, strict=True)]
-            apart[(slice(None), slice(None), *places)] = x
-            x = apart
-        return self._convolved(x, (1,) * len(size), tuple(r - b for r, b in zip(self._reach, self.before, strict=True)))
+        back = tuple(r - b for r, b in zip(self._reach, self.before, strict=True))
+        if set(self.stride) == {1} and min(back) >= 0:
+            return self._convolved(x, 0.0, self.stride, back)
+        transposed = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+        covered = zip(x.shape[2:], self.stride, self.before, self._reach, strict=True)
+        unseen = [n - ((m - 1) * s - 2 * b + r + 1) for n, (m, s, b, r) in zip(size, covered, strict=True)]
+        ones, groups = x.new_ones(x.shape[1], 1, *self.kernel), x.shape[1]
+        return transposed[len(size) - 1](x, ones, None, self.stride, self.before, unseen, groups, self.dilation)
 
     def spread_products(self, field: Tensor, weighting: Tensor, size: Tensor) -> Tensor:
         """Sum over g of ``size * spread(field * weighting)``, with the work for each place in the window done once.
@@ -174,6 +177,11 @@ class Windows:
         parts = zip(self.kernel, self.stride, self.before, self.dilation, size, out, strict=True)
         after = tuple(max(0, (m - 1) * s + d * (k - 1) + 1 - n - b) for k, s, b, d, n, m in parts)
         return replace(self, after=after)
+
+
+@lru_cache(maxsize=1024)
+def _windows(*parts: tuple[int, ...]) -> Windows:
+    return Windows(*parts)
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
