@@ -108,7 +108,7 @@ class Waiting(Cell):
     def empty(self, windows: Windows) -> Tensor:
         """A tensor of the output's shape, in the memory of one value."""
         x = self._x.tensor
-        shape = len(x), len(self._weight.tensor), *windows.count(x.shape[2:])
+        shape = x.shape[0], self._weight.tensor.shape[0], *windows.count(x.shape[2:])
         return torch.empty_strided(shape, [0] * len(shape), dtype=x.dtype, device=x.device)
 
     def folded(

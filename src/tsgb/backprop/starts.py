@@ -112,7 +112,7 @@ def _convolution(
     # What the convolution would refuse, it is to refuse where it is called.
     fits = x.shape[1] == weight.shape[1] * groups and min(count) > 0 and x.device == weight.device
     # Weights more than values of the output take longer to read, and to scale, than the output.
-    is_heavy = len(x) * len(weight) * math.prod(count) < weight.numel() and not is_traced()
+    is_heavy = x.shape[0] * weight.shape[0] * math.prod(count) < weight.numel() and not is_traced()
     # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so only
     # where nothing is seen, and lost anyway.
     with untraced():
@@ -123,7 +123,7 @@ def _convolution(
         return Convolution(x, o != 0 if has_zeros else None, windows, fields, below, is_positive, conv.keep)
 
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    if is_heavy and fits and x.dim() == 4 and not x.is_contiguous():
+    if is_heavy and fits and weight.dim() == 4 and weight[0, 0].numel() > 1 and not x.is_contiguous():
         return Start((x,), begin, lambda: _as_contiguous(partial(conv.function, **options), x, weight, bias))
     if may_be_zero or not fits or not conv.folding.waits(x, weight, bias):
         return Start((x,), begin)
