@@ -211,6 +211,8 @@ class Pooling(Reading):
     [
         (nn.MaxPool2d(2), 2),
         (lambda x: functional.max_pool2d(x, 2), 0),
+        (lambda x: functional.max_pool2d(x, 2, return_indices=True)[0], 0),
+        (lambda x: torch.maximum(x[..., ::2, ::2], x[..., 1::2, 1::2]), 0),
         (nn.AdaptiveMaxPool2d(4), 2),
         (nn.AvgPool2d(2), 3),
     ],
@@ -222,6 +224,9 @@ def test_nothing_is_folded_below_max_pooling(pool, count, folded):
     assert_plain(model, x)
     assert run.maps.abs().sum() > 0
     assert alone == (count if isinstance(pool, nn.Module) else 1)  # the first, in vain
+    del folded[:]
+    tsgb.explain(model, x, 1)
+    assert len(folded) == (count if isinstance(pool, nn.Module) else 0)  # which is remembered of the model
 
 
 @pytest.mark.parametrize("change", ["float64", "zeros", "PAPER", "bias"])
@@ -239,6 +244,27 @@ def test_where_nothing_is_folded(change, folded):
             conv.bias = nn.Parameter(torch.rand(6))
     tsgb.explain(model, x, 1, rules=table)
     assert not folded
+
+
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_weights_are_not_scaled_where_they_are_more_than_the_output(size, kernel, pruned, folded):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 40, kernel, 4, padding=kernel // 2, bias=False)
+    norms = nn.BatchNorm2d(8), nn.BatchNorm2d(40)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 5)
+    model = nn.Sequential(conv[0], norms[0], nn.ReLU(), conv[1], norms[1], nn.ReLU(), *head).eval()
+    for norm in norms:
+        nn.init.uniform_(norm.bias)
+    if pruned:
+        conv[1].weight.data[3:9] = 0  # outputs that are 0, of which a shift makes numbers
+    x = torch.rand(2, 3, size, size)
+    outputs = 2 * 40 * (size // 4) ** 2
+    spared = pruned or outputs < conv[1].weight.numel()
+    tsgb.explain(model, x, 1)
+    assert len(folded) == 2 - spared
+    assert_plain(model, x)
 
 
 def test_what_is_folded_under_autocast_runs_in_float32(folded):

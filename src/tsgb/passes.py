@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks, targets
 from . import rules as rule_tables
@@ -20,6 +21,8 @@ __all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forwar
 #: Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
 #: used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
 NOTHING = 1e-30
+#: Models that call max pooling as a function, so that to fold batch norm is in vain; nothing but time depends on it.
+_CHOOSING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _AT_ONCE = 2**26  # values of images times classes that go backward together
 
 
@@ -80,10 +83,14 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
     Args:
         target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
     """
-    pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
+    pools = None
+    if request.model not in _CHOOSING:
+        pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
     try:
         return _forward(request, inputs, target, handing, pools)
     except FoldedError:  # it calls max pooling as a function
+        if isinstance(request.model, nn.Module):
+            _CHOOSING.add(request.model)
         return _forward(request, inputs, target, handing, None)
 
 
@@ -112,8 +119,8 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         score = checks.check_logits(targets.find_logits(done.output), count)
         indices = targets.resolve(target, score)
         seeds = _one_hot(indices, score)
-    run.find_heads(score, count, one_each=done.scores is None)
-    run.check_positions()
+    heads = run.find_heads(score, count, one_each=done.scores is None)
+    run.coverage.check_positions()
     columns: list[list[Tensor]] = []
     arrived: list[Tensor] = []
     step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
@@ -122,8 +129,8 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         with torch.autocast(leaves[0].device.type, enabled=False):
             grads = _gradients(score, leaves, classes, start + step < len(seeds), done.handing)
             columns.append([_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)])
-        arrived.append(run.arrived(len(classes), count))
-    facts = Facts(run.coverage(), tuple(run.above), float(run.f if run.f is not None else 0.0), run.has_shifts)
+        arrived.append(heads.arrived(len(classes), count))
+    facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts)
     relevance = [torch.cat(column) for column in zip(*columns, strict=True)]
     return Pass(relevance, indices, done.logits, torch.cat(arrived)), facts
 

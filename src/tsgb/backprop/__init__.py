@@ -2,12 +2,14 @@
 
 `mode` sees the model's calls and puts `nodes` into autograd's graph. They run rules in their plain form (`tsgb.rules`),
 gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing` and `windows` how.
-`folding` runs convolution and batch norm as one.
-`operators` reads how torch spells its operators, `saved` keeps what backward needs from in-place calls.
+`folding` runs convolution and batch norm as one. `heads` finds in autograd's `graph` where the target comes from,
+`coverage` counts what met a rule. `operators` reads how torch spells its operators, `saved` keeps what backward needs
+from in-place calls.
 """
 
+from .coverage import CoverageError
 from .folding import FoldedError
-from .mode import Backprop, CoverageError, recording
+from .mode import Backprop, recording
 from .relevance import Gradient, LostError, Product, Relevance, Summed, dense, summed
 
 __all__ = [

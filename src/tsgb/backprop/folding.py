@@ -5,7 +5,7 @@ Relevance passes batch norm unchanged, so nothing asks for what lies between the
     batch_norm(conv(x, w)) = conv(x, s w) + (bias - s mean),        s = weight / sqrt(var + eps)
 
 The last digits are not those of the model, and max pooling chooses by them between values that are nearly the same. So
-nothing is folded below a max pooling.
+nothing is folded below a max pooling, or another operator that chooses.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ FOLDED = "batch_norm"
 #: Calls that read no value of a tensor; of the folded one it is seen to elsewhere.
 UNREAD = {FOLDED, "dim", "size", "shape", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point"}
 
-
-_CHOOSING = {f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)}
+_WITH = ("", "_with_indices")
+_CHOOSING = {f"{kind}max_pool{n}d{what}" for kind in ("", "adaptive_") for n in (1, 2, 3) for what in _WITH}
+_CHOOSING |= {"amax", "argmax", "max", "maximum", "sort", "topk"}
 
 
 class FoldedError(Exception):
@@ -67,7 +68,7 @@ class Folding:
         """Look at an operator that is about to run.
 
         Raises:
-            FoldedError: it is a max pooling, and what it chooses among has the digits of another computation.
+            FoldedError: it chooses among values, which have the digits of another computation.
         """
         if name in _CHOOSING and self._left is not None:
             if self._has_folded:

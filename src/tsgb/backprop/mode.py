@@ -8,7 +8,6 @@ spellings.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .. import rules
-from . import operators
+from . import graph, operators
+from .coverage import Coverage
 from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
+from .heads import Heads
 from .nodes import SLOT, Handed, Job, Ruled, Ruling
 from .operators import Call, mapped
 from .relevance import LostError
@@ -34,15 +35,9 @@ from .starts import start
 _FACTS = UNREAD - {FOLDED, "requires_grad"}
 _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "storage_offset")
 
-__all__ = ["Backprop", "CoverageError", "recording"]
+__all__ = ["Backprop", "recording"]
 
 _FINE = 8  # convolutions that autocast does not run in half precision
-
-_NAME, _OPEN, _WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of autograd nodes' metadata
-
-
-class CoverageError(RuntimeError):
-    """The rules do not cover the model, so that its map would not be TSGB's."""
 
 
 class Backprop(TorchFunctionMode):
@@ -61,8 +56,9 @@ class Backprop(TorchFunctionMode):
         >>> x = torch.rand(1, 3, 8, 8, requires_grad=True).clone()
         >>> with recording(rules.PAPER) as run:
         ...     logits = model(x)
-        >>> run.find_heads(logits, 1)
-        >>> run.coverage()
+        >>> run.find_heads(logits, 1).above
+        []
+        >>> run.coverage.rows()
         [('conv2d', 'conv_lumped', 1), ('flatten', 'ordinary', 1), ('linear', 'linear_head', 1)]
     """
 
@@ -78,13 +74,8 @@ class Backprop(TorchFunctionMode):
         )
         self._openers = {operators.name(function) for function in rules.GATES}
         self._f = table[rules.F] if f is None else f
-        self._met: list[Ruling] = []
-        self._unruled: Counter[tuple[str, str | None]] = Counter()
-        self._unseen: Counter[str] = Counter()
+        self.coverage = Coverage()
         self.has_shifts = False  # whether a constant was added to what comes from the image
-        self.heads: list[Ruling] = []
-        self.above: list[str] = []  # names of the operators between the head and the target
-        self.f: float | None = None
 
     def enter(self, leaf: Tensor, form: torch.memory_format, whole: bool) -> Tensor:
         """Copy a leaf of the graph into the image that the model is given.
@@ -150,7 +141,7 @@ class Backprop(TorchFunctionMode):
             return False
         if any(t.dtype != torch.float32 for t in operators.tensors((call.args, call.kwargs))):
             return False
-        return sum(ruling.head_rule is not None for ruling in self._met) < _FINE
+        return sum(ruling.head_rule is not None for ruling in self.coverage.met) < _FINE
 
     def _ran(
         self,
@@ -189,7 +180,7 @@ class Backprop(TorchFunctionMode):
         if self._is_handing:
             self._keep_outputs(call)
         ruling.others = []  # autograd saves them
-        self._met.append(ruling)
+        self.coverage.met.append(ruling)
         self._release_below(ruling, call.args[0])
         with self._kept.watching():
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
@@ -203,13 +194,13 @@ class Backprop(TorchFunctionMode):
         """
         signals = [t for t in call.args[:2] if isinstance(t, Tensor) and t.requires_grad]
         if len(signals) == 1 and call.name in self._constant and signals[0] is call.args[0]:
-            if _is_linear(signals[0].grad_fn):
+            if graph.is_linear(signals[0].grad_fn):
                 return None  # the bias of a linear layer, in another spelling
             function, rule = self._constant[call.name]
             self.has_shifts = True
             return _ruling(call, function, rule), call
         if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
-            gate = _gate(*signals) if call.name != "div" else signals[1]
+            gate = graph.gate(*signals) if call.name != "div" else signals[1]
             if gate is not None:
                 signal = signals[0] if gate is signals[1] else signals[1]
                 function, rule = self._products[call.name]
@@ -240,9 +231,9 @@ class Backprop(TorchFunctionMode):
         if begun is None or (written is not None and (written is not x or written._is_view())):
             return None
         if met is None:
-            self._unruled[call.name, rules.ORDINARY] += 1
+            self.coverage.unruled[call.name, rules.ORDINARY] += 1
         else:
-            self._met.append(ruling)
+            self.coverage.met.append(ruling)
         self._release_below(ruling, x)
         inplace = written is not None
         waiting = kept.waits(x)
@@ -265,7 +256,7 @@ class Backprop(TorchFunctionMode):
     def _keep_outputs(self, call: Call) -> None:
         """Keep the outputs that an operator takes which gives gradients back."""
         for tensor in operators.tensors((call.args, call.kwargs)):
-            ruling = getattr(tensor.grad_fn, "ruling", None)
+            ruling = graph.ruling_of(tensor.grad_fn)
             if ruling is not None and ruling.handing is not None and ruling.o is None:
                 ruling.o = self._kept.pack(tensor)
 
@@ -273,7 +264,7 @@ class Backprop(TorchFunctionMode):
         """What is below an operator with weights is no head: let go of what a head needs."""
         if not self._is_handing or ruling.head_rule is None:
             return
-        for found in [getattr(node, "ruling", None) for node in _walk(x.grad_fn, stop=_is_settled)]:
+        for found in [graph.ruling_of(node) for node in graph.walk(x.grad_fn, stop=graph.is_settled)]:
             if found is not None:
                 found.release()
 
@@ -282,98 +273,18 @@ class Backprop(TorchFunctionMode):
         nodes = [t.grad_fn for t in operators.tensors(output) if t.requires_grad and t.grad_fn is not None]
         known = call.name in self._rules
         if nodes or call.inplace is not None:
-            self._unruled[call.name, rules.ORDINARY if known else None] += 1
+            self.coverage.unruled[call.name, rules.ORDINARY if known else None] += 1
+        is_weighted = not known and any(
+            not t.requires_grad and t.is_floating_point() and t.dim() > 0
+            for t in operators.tensors((call.args, call.kwargs))
+        )
         for node in nodes:
-            notes = _notes(node)
-            notes[_NAME] = call.name
-            notes[_OPEN] = call.name in self._openers
-            notes[_WEIGHTED] = not known and any(
-                not t.requires_grad and t.is_floating_point() and t.dim() > 0
-                for t in operators.tensors((call.args, call.kwargs))
-            )
+            graph.note(node, call.name, call.name in self._openers, is_weighted)
         return output
 
-    def find_heads(self, target: Tensor, count: int, one_each: bool = False) -> None:
-        """Walk from the target's node to the first operators that carry weights: they are the head.
-
-        Args:
-            target: the logits, or what was computed from them, for ``count`` images.
-            one_each: whether one value of each image's logits is asked for at a time.
-
-        Raises:
-            CoverageError: no head was found, or an operator unknown to the table may hide it.
-        """
-        self.heads, self.above, nodes = [], [], []
-        self._unseen = Counter(node.name() for node in _walk(target.grad_fn) if _is_unseen(node))
-        for node in _walk(target.grad_fn, stop=_weighted):
-            if _is_unseen(node):
-                raise CoverageError(
-                    f"the target comes from {node.name()}, which did not pass through torch's functions in this "
-                    "thread (a scripted module, an autograd function), so the head cannot be told: write it in torch"
-                )
-            ruling = getattr(node, "ruling", None)
-            if ruling is not None and ruling.head_rule is not None:
-                nodes.append(node)
-                self.heads.append(ruling)
-            else:
-                name = ruling.name if ruling else _notes(node).get(_NAME, node.name())
-                self.above.append(name)
-                if self._unruled[name, None] and not _notes(node).get(_WEIGHTED):
-                    self._unruled[name, None] -= 1  # without weights and above the head, it needs no rule
-                    self._unruled[name, rules.ORDINARY] += 1
-                if ruling is not None:
-                    ruling.is_ordinary = True
-            if _notes(node).get(_WEIGHTED):
-                raise CoverageError(
-                    f"the target comes from `{_notes(node)[_NAME]}`, an operator with weights for which the rules "
-                    "have no entry, so the head cannot be told: write the head as a linear layer or a convolution"
-                )
-        if not self.heads:
-            raise CoverageError(
-                "no head was found: between the image and the target there is no linear layer and no convolution"
-                f" that the rules know (seen: {', '.join(sorted({name for name, _ in self._unruled})) or 'nothing'})"
-            )
-        below = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
-        first = [node for start in below for node in _walk(start, stop=_weighted) if _weighted(node)]
-        hidden = any(node.ruling.on_vector for node in first)  # type: ignore[attr-defined]
-        self.f = self._f(hidden) if callable(self._f) else float(self._f)
-        for ruling in self._met:
-            ruling.f = None
-        for head in self.heads:
-            head.f, head.count, head.is_single = self.f, count, one_each and not self.above
-
-    def check_positions(self) -> None:
-        """Refuse a model that the rules cannot reach below its head.
-
-        Raises:
-            CoverageError: no operator with weights acts on the positions of a map.
-        """
-        weighted = [ruling for ruling in self._met if ruling.head_rule is not None]
-        if all(ruling.is_linear or ruling.on_vector for ruling in weighted):
-            seen = ", ".join(sorted({name for name, _, _ in self.coverage()}))
-            raise CoverageError(
-                "the model has no convolution that the rules know: TSGB explains convolutional networks, and a plain "
-                f"gradient is not passed off as its map (operators seen: {seen})"
-            )
-
-    def arrived(self, classes: int, count: int) -> Tensor:
-        """Tell for each class and image (K, N) whether any gradient arrived at the head in the last backward."""
-        found = [head.arrived for head in self.heads if head.arrived is not None]
-        for head in self.heads:
-            head.arrived = None
-        if not found or any(flags.shape != (classes, count) for flags in found):
-            return torch.full((classes, count), bool(found))
-        return torch.stack(found).any(0)
-
-    def coverage(self) -> list[tuple[str, str | None, int]]:
-        """List which operator met which rule how often; None for a weighted or curved operator that met none."""
-        rows = +self._unruled + Counter({(name, None): count for name, count in self._unseen.items()})
-        for ruling in self._met:
-            rule = _name(ruling.rule if ruling.f is None else ruling.head_rule)
-            rows[ruling.name, rules.ORDINARY if ruling.is_ordinary else rule] += 1
-        return sorted(
-            ((name, rule, count) for (name, rule), count in rows.items()), key=lambda row: (row[0], row[1] or "")
-        )
+    def find_heads(self, target: Tensor, count: int, one_each: bool = False) -> Heads:
+        """Find the first operators that carry weights below a target of ``count`` images; see `Heads`."""
+        return Heads(target, self.coverage, self._f, count, one_each)
 
 
 @contextmanager
@@ -397,7 +308,7 @@ def recording(
         >>> x = torch.ones(1, 1, 2, 2, requires_grad=True).clone()
         >>> with recording(rules.DEFAULT) as run:
         ...     y = torch.nn.functional.silu(x)
-        >>> run.coverage()
+        >>> run.coverage.rows()
         [('silu', 'activation', 1)]
     """
     kept = Kept()
@@ -453,20 +364,6 @@ def _held(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _name(rule: Any) -> str:
-    return _name(rule.func) if isinstance(rule, partial) else getattr(rule, "__name__", type(rule).__name__)
-
-
-def _notes(node: Node) -> dict[str, Any]:
-    notes: dict[str, Any] = node.metadata  # type: ignore[assignment]
-    return notes
-
-
-def _weighted(node: Node) -> bool:
-    ruling = getattr(node, "ruling", None)
-    return ruling is not None and ruling.head_rule is not None
-
-
 def _is_viewable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         with torch.no_grad():
@@ -474,58 +371,3 @@ def _is_viewable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     except RuntimeError:
         return False
     return True
-
-
-def _is_settled(node: Node) -> bool:
-    ruling = getattr(node, "ruling", None)
-    return ruling is not None and (ruling.is_below or ruling.head_rule is not None)
-
-
-def _is_linear(node: Node | None) -> bool:
-    ruling = getattr(node, "ruling", None)
-    return ruling is not None and ruling.is_linear
-
-
-def _is_unseen(node: Node) -> bool:
-    """Tell whether a node came about behind the mode's back, and carries weights or bends."""
-    if hasattr(node, "ruling") or _NAME in _notes(node):
-        return False
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        return not node.name().startswith("BackwardHookFunction")  # torch's own, an identity around hooked modules
-    return operators.BENDING.search(node.name()) is not None
-
-
-def _walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
-    """The nodes from ``start`` towards the image, not past those where ``stop`` holds."""
-    ahead, seen = [start], {start}
-    while ahead:
-        node = ahead.pop()
-        if node is None:
-            continue
-        yield node
-        if not stop(node):
-            for edge, _ in node.next_functions:
-                if edge not in seen:
-                    seen.add(edge)
-                    ahead.append(edge)
-
-
-def _gate(a: Tensor, b: Tensor) -> Tensor | None:
-    """Which of two factors is the gate of the other, None for a product of equals.
-
-    A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating
-    operator.
-    """
-    if a.grad_fn is not None and b.grad_fn is not None:
-        opened = [bool(_notes(node).get(_OPEN)) for node in (a.grad_fn, b.grad_fn)]
-        if opened[0] != opened[1]:
-            return a if opened[0] else b
-    sizes = [torch.Size(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0).numel() for t in (a, b)]
-    if sizes[0] != sizes[1]:
-        return a if sizes[0] < sizes[1] else b
-    if a.grad_fn is not None and b.grad_fn is not None:
-        if any(node is a.grad_fn for node in _walk(b.grad_fn, stop=lambda node: node is a.grad_fn)):
-            return b
-        if any(node is b.grad_fn for node in _walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
-            return a
-    return None

@@ -1,0 +1,120 @@
+"""What autograd's graph tells of a forward: which operators lie between two tensors, and what was noted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from . import operators
+from .nodes import Ruling
+
+__all__ = [
+    "gate",
+    "has_weights",
+    "is_linear",
+    "is_settled",
+    "is_unseen",
+    "is_weighted",
+    "name",
+    "note",
+    "notes",
+    "ruling_of",
+    "walk",
+]
+
+_NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of nodes' metadata
+
+
+def ruling_of(node: Node | None) -> Ruling | None:
+    """Give the ruling of an operator that met a rule, else None."""
+    return getattr(node, "ruling", None)
+
+
+def note(node: Node, called: str, opens: bool, weighs: bool) -> None:
+    """Note an operator that met no rule: its name, whether it is a gating one, whether it carries weights."""
+    kept = notes(node)
+    kept[_NAME], kept[_IS_GATE], kept[_IS_WEIGHTED] = called, opens, weighs
+
+
+def notes(node: Node) -> dict[str, Any]:
+    """Give the metadata that lives as long as the node."""
+    found: dict[str, Any] = node.metadata  # type: ignore[assignment]
+    return found
+
+
+def name(node: Node) -> str:
+    """Name an operator."""
+    ruling = ruling_of(node)
+    return ruling.name if ruling is not None else str(notes(node).get(_NAME, node.name()))
+
+
+def is_weighted(node: Node) -> bool:
+    """Tell whether an operator without a rule carries weights."""
+    return bool(notes(node).get(_IS_WEIGHTED))
+
+
+def has_weights(node: Node) -> bool:
+    """Tell whether an operator with a rule carries weights."""
+    ruling = ruling_of(node)
+    return ruling is not None and ruling.head_rule is not None
+
+
+def is_settled(node: Node) -> bool:
+    """Tell whether it is known of an operator that it is no head, or that it carries weights."""
+    ruling = ruling_of(node)
+    return ruling is not None and (ruling.is_below or ruling.head_rule is not None)
+
+
+def is_linear(node: Node | None) -> bool:
+    """Tell whether an operator is a linear layer with a rule."""
+    ruling = ruling_of(node)
+    return ruling is not None and ruling.is_linear
+
+
+def is_unseen(node: Node) -> bool:
+    """Tell whether a node came about behind the mechanism's back, and carries weights or bends."""
+    if hasattr(node, "ruling") or _NAME in notes(node):
+        return False
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return not node.name().startswith("BackwardHookFunction")  # torch's own, an identity around hooked modules
+    return operators.BENDING.search(node.name()) is not None
+
+
+def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
+    """Go through the nodes from ``start`` towards the image, not past those where ``stop`` holds."""
+    ahead, seen = [start], {start}
+    while ahead:
+        node = ahead.pop()
+        if node is None:
+            continue
+        yield node
+        if not stop(node):
+            for edge, _ in node.next_functions:
+                if edge not in seen:
+                    seen.add(edge)
+                    ahead.append(edge)
+
+
+def gate(a: Tensor, b: Tensor) -> Tensor | None:
+    """Tell which of two factors is the gate of the other, None for a product of equals.
+
+    A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating
+    operator.
+    """
+    if a.grad_fn is not None and b.grad_fn is not None:
+        opened = [bool(notes(node).get(_IS_GATE)) for node in (a.grad_fn, b.grad_fn)]
+        if opened[0] != opened[1]:
+            return a if opened[0] else b
+    sizes = [torch.Size(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0).numel() for t in (a, b)]
+    if sizes[0] != sizes[1]:
+        return a if sizes[0] < sizes[1] else b
+    if a.grad_fn is not None and b.grad_fn is not None:
+        if any(node is a.grad_fn for node in walk(b.grad_fn, stop=lambda node: node is a.grad_fn)):
+            return b
+        if any(node is b.grad_fn for node in walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
+            return a
+    return None
