@@ -124,6 +124,21 @@ def test_it_is_traced_once_for_a_shape_a_number_of_classes_and_a_precision():
     assert len(graphs) == 6
 
 
+def test_the_graphs_last_used_are_kept():
+    calls = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6)).eval()
+    model[0].register_forward_pre_hook(lambda *_: calls.append(1))  # runs when it is traced
+    x = torch.rand(1, 3, 8, 8)
+    explainer = tsgb.compile(model, x, 1, backend="eager")
+    for channel in range(20):
+        explainer(x, lambda logits, channel=channel: logits[:, channel % 6])
+        explainer(x, 1)
+    assert len(explainer._programs) == 16
+    del calls[:]
+    explainer(x, 1)
+    assert not calls
+
+
 def test_black_pixels_of_a_model_that_normalises_its_input():
     model, x = NormalisesItsInput(), images().double()
     theirs = tsgb.explain(model, x, 1)

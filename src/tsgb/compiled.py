@@ -22,6 +22,8 @@ from .targets import Target
 
 __all__ = ["CompiledExplainer", "compile"]
 
+_KEPT = 16  # graphs; who gives a new lambda at each call would fill the memory
+
 
 @dataclass(frozen=True)
 class _Program:
@@ -47,9 +49,9 @@ class CompiledExplainer:
     """`tsgb.explain` of one model, compiled; made by `tsgb.compile`.
 
     A graph is traced and compiled at the first call with images of a shape, type and device, a number of classes or a
-    callable target, in or out of autocast; it is kept for later calls. All graphs are traced anew once a weight or
-    buffer of the module was replaced or written to; of a function that runs a module, once one was written to. Other
-    changes (code, hooks, attributes, writes through ``.data``) are not seen. Safe in threads.
+    callable target, in or out of autocast; the last sixteen are kept for later calls. All graphs are traced anew once a
+    weight or buffer of the module was replaced or written to; of a function that runs a module, once one was written
+    to. Other changes (code, hooks, attributes, writes through ``.data``) are not seen. Safe in threads.
 
     Example:
         >>> import tsgb
@@ -97,7 +99,9 @@ class CompiledExplainer:
         tensors = (*inputs, target.to(inputs[0].device)) if isinstance(target, Tensor) else inputs
         with self._lock:
             self._forget_if_changed()
-            if key not in self._programs:
+            if key in self._programs:
+                self._programs[key] = self._programs.pop(key)  # the last used comes last
+            else:
                 passed = partial(_passed, request, is_filled)
                 program = hands_on(lambda handing: _traced(passed, inputs, target, handing))
                 targets.check_range(target, program.classes)
@@ -106,6 +110,8 @@ class CompiledExplainer:
                     call = torch.compile(program.graph, backend=self._backend, dynamic=False, fullgraph=True)
                     program = replace(program, call=call)
                     program.run(tensors)  # which compiles it
+                while len(self._programs) >= _KEPT:
+                    del self._programs[next(iter(self._programs))]
                 self._programs[key] = program
                 self._weights = self._now()
             program = self._programs[key]
