@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import rules
 from . import graph, operators
-from .coverage import Coverage
+from .coverage import Coverage, CoverageError
 from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
 from .heads import Heads
@@ -37,6 +37,8 @@ _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "s
 
 __all__ = ["Backprop", "recording"]
 
+# Products over positions or channels; of two signals they are attention.
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "multi_head_attention_forward"}
 _FINE = 8  # convolutions that autocast does not run in half precision
 
 
@@ -169,6 +171,7 @@ class Backprop(TorchFunctionMode):
                 args = (args[0].contiguous(), *args[1:])
                 self._kept.torn[args[0].untyped_storage()._cdata] = args[0].detach()
         if met is None:
+            self._refuse_attention(call)
             with self._kept.watching():
                 output = operators.plain(func, args, kwargs)
             if not self._is_handing:
@@ -185,6 +188,21 @@ class Backprop(TorchFunctionMode):
         with self._kept.watching():
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
             return o if call.inplace is None else call.inplace.copy_(o)
+
+    def _refuse_attention(self, call: Call) -> None:
+        """Refuse a product of two signals over positions, for which the table has no entry.
+
+        Raises:
+            CoverageError: says what the product is, and what can be done.
+        """
+        if call.name not in _PRODUCTS or call.name in self._rules:
+            return
+        if sum(t.requires_grad for t in operators.tensors((call.args, call.kwargs))) > 1:
+            raise CoverageError(
+                f"the model multiplies two tensors that both come from the image (`{call.name}`), as attention does: "
+                "TSGB explains convolutional networks, and vision transformers are out of its scope. To go on all "
+                "the same, give it a rule: rules={**tsgb.rules.DEFAULT, the function: tsgb.rules.ORDINARY}"
+            )
 
     def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
         """Find the rule that a call meets, if any: by its role among its operands, else by its name.

@@ -104,6 +104,7 @@ class Ruled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ruling: Ruling, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the operator."""
         o = ruling.function(x, *args, **kwargs)
+        o = o.clone() if o._is_view() else o  # else it could not be written on, as it could without this node
         ctx.ruling = ruling
         ctx.save_for_backward(x, o if _wants(ruling.rule, "o") else None, *operators.tensors((args, kwargs)))
         return o

@@ -88,7 +88,10 @@ def spelling(function: Callable[..., Any]) -> Spelling:
     if word == "__get__":
         word = function.__self__.__name__  # type: ignore[attr-defined]
     word = word.strip("_")
-    names = tuple(inspect.signature(function).parameters) if inspect.isfunction(function) else ()
+    try:
+        names = tuple(inspect.signature(function).parameters) if inspect.isfunction(function) else ()
+    except ValueError:  # it wraps a builtin, as `Tensor.__pow__` does
+        names = ()
     return Spelling(_SYNONYMS.get(word, word), is_inplace, names if "inplace" in names else ())
 
 
@@ -276,8 +279,12 @@ def _divided(call: Call) -> Call:
 
 
 def _multiplied_by_weight(call: Call) -> Call:
-    """``x @ W`` as ``linear(x, W.T)``."""
+    """``x @ W`` as ``linear(x, W.T)``; ``W @ x`` of (N, C, L), an unfolded image, as ``conv1d(x, W)``."""
     operands = (*call.args, *(call.kwargs[key] for key in ("mat2",) if key in call.kwargs))
+    if len(operands) == 2 and _depends(operands[1]) and not _depends(operands[0]):
+        weight, x = operands
+        if isinstance(weight, Tensor) and weight.dim() == 2 and x.dim() == 3:
+            return Call("conv1d", (x, weight[:, :, None]), {})
     if len(operands) == 2 and _depends(operands[0]) and not _depends(operands[1]):
         x, weight = operands
         if weight.dim() == 2 and x.dim() >= 2:

@@ -146,6 +146,8 @@ class Relevance(Tensor):
             return Relevance(args[0].shape, args[0].dtype, [*args[0].parts, *args[1].parts])
         if func._schema.is_mutable or func is torch.ops.aten.as_strided.default:
             raise LostError(f"{func} writes on what flows backward")
+        if func is torch.ops.aten.view.default:
+            func = torch.ops.aten.reshape.default  # what lies in the parts need not lie as the tensor does
         flat, form = tree_flatten((args, kwargs or {}))
         values = [of_type(x.gradients(), x.dtype) if isinstance(x, Relevance) else None for x in flat]
         count = next(len(v) for v in values if v is not None)

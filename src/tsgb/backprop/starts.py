@@ -104,7 +104,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Start | None:
-    if x.dim() < weight.dim():
+    if x.dim() < weight.dim() or x.shape[2:].numel() == 1:
         return None
     fields, below, is_positive = 1 if conv.is_lumped else groups, _taken(x), _is_positive(x)
     windows = Windows.of(weight.shape[2:], stride, padding, dilation)

@@ -19,6 +19,7 @@ from .classic import (
     gradient_head,
     guided,
 )
+from .extensions import conv_transposed
 from .formulas import (
     activation,
     avg_pool,
@@ -57,6 +58,7 @@ __all__ = [
     "conv",
     "conv_head",
     "conv_lumped",
+    "conv_transposed",
     "deconvnet",
     "excitation",
     "excitation_head",

@@ -52,6 +52,9 @@ def conv(
     ``1_k`` is a kernel of ones of the convolution's size, stride, padding and dilation. Each group of a grouped
     convolution is treated by itself. Source: TSGB-Conv of the paper, for one, two or three spatial dimensions.
 
+    On a map of one position it is a hidden `linear` layer in another layout, and keeps its ordinary gradient: summed
+    over the channels, what speaks for and against a class would be lost there.
+
     Args:
         grad: (N, O, *out), arriving at the output.
         x: (N, C, *in), the input; floating, any sign.
@@ -59,7 +62,8 @@ def conv(
         o: (N, O, *out), the output; None computes it.
 
     Returns:
-        (N, C, *in), of the type of ``x``. The sums of ``x * grad_x`` and ``o * grad`` agree wherever n > 0.
+        (N, C, *in), of the type of ``x``. The sums of ``x * grad_x`` and ``o * grad`` agree wherever n > 0, but for
+        a map of one position.
 
     Example:
         >>> x, weight = torch.rand(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
@@ -68,6 +72,8 @@ def conv(
         >>> torch.allclose((x * conv(grad, x, weight)).sum(), (o * grad).sum(), rtol=1e-3, atol=1e-4)
         True
     """
+    if _is_vector(x, weight):
+        return _linearised(lambda s: _output(weight, s, bias, stride, padding, dilation, groups), x)[1](grad)
     o = _output(weight, x, bias, stride, padding, dilation, groups) if o is None else o
     return _share(grad * o, x, weight, (stride, padding, dilation), fields=groups)
 
@@ -93,6 +99,8 @@ def conv_lumped(
         >>> conv_lumped(grad, x, weight, groups=4).shape
         torch.Size([1, 4, 5, 5])
     """
+    if _is_vector(x, weight):
+        return conv(grad, x, weight, bias, stride, padding, dilation, groups)
     o = _output(weight, x, bias, stride, padding, dilation, groups) if o is None else o
     return _share(grad * o, x, weight, (stride, padding, dilation), fields=1)
 
@@ -158,12 +166,17 @@ def avg_pool(grad: Tensor, x: Tensor, kernel_size: Any, *args: Any, **kwargs: An
 
 
 def linear(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Hidden linear layer: the ordinary gradient, ``grad_x = W^T grad``.
+    """Hidden linear layer: on a vector the ordinary gradient, ``grad_x = W^T grad``.
+
+    On positions (N, ..., C), more than one, it is a convolution of 1 x 1 in another layout, and shares relevance as
+    `conv` does::
+
+        grad_x = sign(x) * c / (n + 1e-10),     c = sum of grad * o,  n = sum of |x|, over the channels
 
     Args:
         grad: (..., O), arriving at the output.
-        x: (..., C), the input.
-        weight: (O, C). ``bias``: (O,) or None, not read.
+        x: (..., C), the input; the first dimension counts images.
+        weight: (O, C). ``bias``: (O,) or None.
 
     Returns:
         (..., C).
@@ -172,7 +185,10 @@ def linear(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
         >>> linear(torch.tensor([[1.0]]), torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
         tensor([[3., 4.]])
     """
-    return grad @ weight
+    if x.shape[1:-1].numel() == 1:
+        return grad @ weight
+    c = (grad * functional.linear(x, weight, bias)).sum(-1, keepdim=True)
+    return x.sign() * (c / (x.abs().sum(-1, keepdim=True) + EPS))
 
 
 def linear_head(
@@ -357,6 +373,11 @@ def selectivity(hidden: bool) -> float:
     return 1.0 if hidden else 0.75
 
 
+def _is_vector(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a convolution's input has one position."""
+    return x.shape[2 - weight.dim() :].numel() == 1
+
+
 def _output(weight: Tensor, x: Tensor, *args: Any) -> Tensor:
     return _convolution(weight)(x, weight, *args)
 
@@ -366,9 +387,25 @@ def _share(relevance: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, An
     if x.dim() < weight.dim():
         return _share(relevance[None], x[None], weight, geometry, fields)[0]
     function = _convolution(weight)
+    return shared(relevance, x, weight, fields, lambda size, ones: function(size, ones, None, *geometry, fields))
+
+
+def shared(
+    relevance: Tensor, x: Tensor, weight: Tensor, fields: int, seen: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Share the relevance of each position of the output among the positions it comes from, in proportion to ``|x|``.
+
+    Args:
+        relevance: (N, O, *out). ``x``: (N, C, *in). ``weight``: (., ., *k), of which the size alone counts.
+        fields: the number of groups of channels that are treated by themselves.
+        seen: the linear operator from (N, fields, *in) and a kernel of ones (fields, 1, *k) to (N, fields, *out).
+
+    Returns:
+        (N, C, *in), the gradient ``sign(x) * seen^T(c / (n + 1e-10))``.
+    """
     c, size = _summed(relevance, fields), _summed(x.abs(), fields)
     ones = weight.new_ones(fields, 1, *weight.shape[2:])
-    n, transpose = _linearised(lambda s: function(s, ones, None, *geometry, fields), size)
+    n, transpose = _linearised(lambda s: seen(s, ones), size)
     # A fast convolution may return a rounding error below zero where n is 0.
     field = transpose(c / (n.clamp(min=0) + EPS))
     return x.sign() * field.repeat_interleave(x.shape[1] // fields, 1)

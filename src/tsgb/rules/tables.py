@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .extensions import conv_transposed
 from .formulas import (
     Split,
     activation,
@@ -81,6 +82,7 @@ _ACTIVATIONS = (
     torch.atan,
     torch.erf,
     torch.square,
+    torch.pow,
 )
 
 # Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
@@ -121,9 +123,25 @@ def _head_table(split: Split) -> Table:
     return {functional.linear: partial(linear_head, split=split), **convolutions}
 
 
+# Operators of which the paper does not speak, with a rule of the same kind as those it speaks of.
+_NORMS = (
+    functional.group_norm,
+    functional.layer_norm,
+    functional.instance_norm,
+    functional.local_response_norm,
+    functional.normalize,
+)
+_EXTENSIONS: Table = {
+    **{norm: partial(shift, function=norm) for norm in _NORMS},
+    **dict.fromkeys(
+        (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d), conv_transposed
+    ),
+}
+
 #: The method as the authors run it.
 PAPER: Table = {
     **_KEPT,
+    **_EXTENSIONS,
     **dict.fromkeys(_ACTIVATIONS, ORDINARY),
     **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus), ORDINARY),
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),

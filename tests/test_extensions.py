@@ -1,0 +1,203 @@
+"""Rules where the paper is silent, and layers in other spellings, each against a twin."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import plain
+import tsgb
+from test_handing import relative
+from tsgb import rules
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def transposed_twin(grad, x, weight, bias, stride, padding, dilation, groups):
+    """Each position of the output shares its relevance among those it comes from, in proportion to |x|."""
+    size = grad.shape[2:]
+    inputs, outputs = x.shape[1] // groups, weight.shape[1]
+    o, sources = torch.zeros_like(grad), {}
+    for i in range(x.shape[2]):
+        for j in range(x.shape[3]):
+            for a in range(weight.shape[2]):
+                for b in range(weight.shape[3]):
+                    row, column = i * stride + a * dilation - padding, j * stride + b * dilation - padding
+                    if not (0 <= row < size[0] and 0 <= column < size[1]):
+                        continue
+                    sources.setdefault((row, column), []).append((i, j))
+                    for g in range(groups):
+                        source, sink = slice(g * inputs, (g + 1) * inputs), slice(g * outputs, (g + 1) * outputs)
+                        o[:, sink, row, column] += x[:, source, i, j] @ weight[source, :, a, b]
+    if bias is not None:
+        o = o + bias[:, None, None]
+    below = torch.zeros_like(x)
+    for n in range(len(x)):
+        for g in range(groups):
+            source, sink = slice(g * inputs, (g + 1) * inputs), slice(g * outputs, (g + 1) * outputs)
+            for (row, column), seen in sources.items():
+                c = (grad[n, sink, row, column] * o[n, sink, row, column]).sum()
+                total = sum(x[n, source, i, j].abs().sum() for i, j in seen)
+                for i, j in seen:
+                    below[n, source, i, j] += c / (total + 1e-10) * x[n, source, i, j].sign()
+    return o, below
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "more", "groups", "dilation"),
+    [(2, 2, 0, 0, 1, 1), (3, 2, 1, 1, 1, 1), (3, 1, 1, 0, 2, 1), (3, 2, 2, 1, 2, 2), (1, 2, 0, 1, 1, 1)],
+)
+def test_transposed_convolution_is_its_twin(kernel, stride, padding, more, groups, dilation, biased):
+    torch.manual_seed(0)
+    x, weight, bias = double(2, 4, 4, 3), double(4, 3, kernel, kernel), double(3 * groups) if biased else None
+    arguments = (stride, padding, more, groups, dilation)
+    o = functional.conv_transpose2d(x, weight, bias, *arguments)
+    grad = torch.randn_like(o)
+    expected, below = transposed_twin(grad, x, weight, bias, stride, padding, dilation, groups)
+    assert torch.allclose(o, expected)
+    assert torch.allclose(rules.conv_transposed(grad, x, weight, bias, *arguments), below)
+    assert torch.allclose(rules.conv_transposed(grad[0], x[0], weight, bias, *arguments), below[0])
+
+
+def test_transposed_convolution_of_one_and_three_dimensions_is_that_of_two():
+    torch.manual_seed(0)
+    x, weight, grad = double(2, 4, 5), double(4, 3, 3), double(2, 3, 11)
+    flat = rules.conv_transposed(grad, x, weight, None, 2)
+    deep = rules.conv_transposed(grad[:, :, None, None], x[:, :, None, None], weight[:, :, None, None], None, (1, 1, 2))
+    assert torch.allclose(
+        flat, rules.conv_transposed(grad[:, :, None], x[:, :, None], weight[:, :, None], None, (1, 2))[:, :, 0]
+    )
+    assert torch.allclose(flat, deep[:, :, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("norm", "arguments"),
+    [
+        (functional.group_norm, (2,)),
+        (functional.layer_norm, ((6, 5),)),
+        (functional.instance_norm, ()),
+        (functional.local_response_norm, (3,)),
+    ],
+)
+@pytest.mark.parametrize("table", [rules.PAPER, rules.DEFAULT], ids=["PAPER", "DEFAULT"])
+def test_relevance_passes_norms(norm, arguments, table):
+    torch.manual_seed(0)
+    x, grad = double(2, 4, 6, 5), double(2, 4, 6, 5)
+    x[0, 0, 0] = 0
+    o, below = norm(x, *arguments), table[norm](grad, x, *arguments)
+    assert torch.allclose(x * below, torch.where(x == 0, 0, o * grad))
+
+
+def test_a_linear_layer_on_positions_is_the_convolution_of_one():
+    torch.manual_seed(0)
+    x, weight, bias, grad = double(2, 3, 4, 5), double(6, 5), double(6), double(2, 3, 4, 6)
+    as_channels = [t.permute(0, 3, 1, 2) for t in (grad, x)]
+    twin = plain.conv(*as_channels, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    assert torch.allclose(rules.linear(grad, x, weight, bias), twin)
+
+
+def test_a_convolution_of_one_position_is_a_linear_layer():
+    torch.manual_seed(0)
+    x, weight, bias, grad = double(2, 4, 1, 1), double(6, 4, 3, 3), double(6), double(2, 6, 1, 1)
+    for rule in (rules.conv, rules.conv_lumped):
+        below = rule(grad, x, weight, bias, padding=1)
+        assert torch.allclose(below[..., 0, 0], grad[..., 0, 0] @ weight[..., 1, 1])
+    below = rules.conv(double(2, 6, 1, 1), x, double(6, 2, 1, 1), None, groups=2)
+    assert below.shape == x.shape
+
+
+class Spelled(nn.Module):
+    """One network, its second convolution, its third and the hidden layer above the pooling in several spellings."""
+
+    def __init__(self, second="conv", third="conv", hidden="linear"):
+        super().__init__()
+        self.second, self.third, self.hidden = second, third, hidden
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.weight2, self.weight3 = nn.Parameter(torch.randn(8, 6, 3, 3)), nn.Parameter(torch.randn(7, 8))
+        self.bias3, self.weight4, self.bias4 = (nn.Parameter(torch.randn(*shape)) for shape in ((7,), (9, 7), (9,)))
+        self.head = nn.Linear(9, 5)
+        self.double().eval()
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        n, _, height, width = x.shape
+        if self.second == "conv":
+            x = functional.conv2d(x, self.weight2, padding=1)
+        else:
+            seen, weight = functional.unfold(x, 3, padding=1), self.weight2.flatten(1)
+            if self.second == "unfolded":
+                x = torch.matmul(weight, seen)
+            elif self.second == "at":
+                x = weight @ seen
+            else:
+                x = functional.linear(seen.transpose(1, 2), weight).transpose(1, 2)
+            x = x.reshape(n, 8, height, width)
+        x = torch.relu(x)
+        if self.third == "conv":
+            x = functional.conv2d(x, self.weight3[:, :, None, None], self.bias3)
+        elif self.third == "channels last":
+            x = functional.linear(x.permute(0, 2, 3, 1), self.weight3, self.bias3).permute(0, 3, 1, 2)
+        else:
+            x = functional.linear(x.flatten(2).mT, self.weight3, self.bias3).mT.unflatten(2, (height, width))
+        x = torch.relu(x).mean((2, 3), keepdim=True)
+        if self.hidden == "conv":
+            x = functional.conv2d(x, self.weight4[:, :, None, None], self.bias4).flatten(1)
+        else:
+            x = functional.linear(x.flatten(1), self.weight4, self.bias4)
+        return self.head(torch.relu(x))
+
+
+@pytest.mark.parametrize("table", [rules.PAPER, rules.DEFAULT], ids=["PAPER", "DEFAULT"])
+@pytest.mark.parametrize(
+    "spelling",
+    [{"second": how} for how in ("unfolded", "at", "linear")]
+    + [{"third": how} for how in ("channels last", "tokens")]
+    + [{"hidden": "conv"}],
+    ids=str,
+)
+def test_a_layer_in_another_spelling_has_the_same_map(spelling, table):
+    x = torch.rand(2, 3, 7, 8, dtype=torch.float64)
+    expected = tsgb.explain(Spelled(), x, [[0, 1], [2, 4]], rules=table)
+    found = tsgb.explain(Spelled(**spelling), x, [[0, 1], [2, 4]], rules=table)
+    assert expected.maps.abs().amax() > 0
+    assert relative(found.maps, expected.maps) < 1e-9
+    assert found.f == expected.f
+    assert not [row for row in found.coverage if row[1] is None]
+
+
+class Attends(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.stem, self.qkv, self.head = how, nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(8, 5)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.eval()
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).mT
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.how == "sdpa":
+            x = functional.scaled_dot_product_attention(q, k, v)
+        elif self.how == "matmul":
+            x = (q @ k.mT).softmax(-1) @ v
+        elif self.how == "bmm":
+            x = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+        elif self.how == "einsum":
+            x = torch.einsum("nqk,nkc->nqc", torch.einsum("nqc,nkc->nqk", q, k).softmax(-1), v)
+        else:
+            x = self.attention(q, k, v, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("how", ["sdpa", "matmul", "bmm", "einsum", "module"])
+def test_attention_is_refused(how):
+    with pytest.raises(tsgb.CoverageError, match="vision transformers are out of its scope"):
+        tsgb.explain(Attends(how), torch.rand(2, 3, 16, 16), 1)
+
+
+def test_attention_with_a_rule_of_the_users_own():
+    table = {**rules.DEFAULT, functional.scaled_dot_product_attention: rules.ORDINARY}
+    assert tsgb.explain(Attends("sdpa"), torch.rand(2, 3, 16, 16), 1, rules=table).maps.isfinite().all()
