@@ -207,7 +207,7 @@ def plainly(table: rules.Table) -> rules.Table:
 def state(model: nn.Module) -> list[object]:
     """What an explanation has to leave as it was."""
     tensors = [*model.parameters(), *model.buffers()]
-    values = [float(t.double().sum()) for t in tensors]
+    values = [float(t.detach().double().sum()) for t in tensors]
     modes = [(module.training, len(module._forward_hooks)) for module in model.modules()]
     return [values, modes, [(t.requires_grad, t.grad is None, t._version) for t in tensors]]
 

@@ -47,6 +47,14 @@ def conv(grad, x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1,
     fields = 1 if lumped else groups
     inputs, outputs = x.shape[1] // fields, o.shape[1] // fields
     below = torch.zeros_like(x)
+    if x.shape[2:].numel() == 1:  # a linear layer, whose gradient is the ordinary one
+        inputs, outputs = x.shape[1] // groups, o.shape[1] // groups
+        for i, j in seen:
+            a, b = ((padding[d] - place * stride[d]) // dilation[d] for d, place in enumerate((i, j)))
+            for g in range(groups if seen[i, j] else 0):
+                source, sink = slice(g * inputs, (g + 1) * inputs), slice(g * outputs, (g + 1) * outputs)
+                below[:, source, 0, 0] += grad[:, sink, i, j] @ weight[sink, :, a, b]
+        return below
     for n in range(len(x)):
         for g in range(fields):
             source, sink = slice(g * inputs, (g + 1) * inputs), slice(g * outputs, (g + 1) * outputs)

@@ -105,6 +105,7 @@ def test_a_convolution_of_one_position_is_a_linear_layer():
     for rule in (rules.conv, rules.conv_lumped):
         below = rule(grad, x, weight, bias, padding=1)
         assert torch.allclose(below[..., 0, 0], grad[..., 0, 0] @ weight[..., 1, 1])
+        assert torch.allclose(below, plain.conv(grad, x, weight, bias, padding=(1, 1)))
     below = rules.conv(double(2, 6, 1, 1), x, double(6, 2, 1, 1), None, groups=2)
     assert below.shape == x.shape
 
