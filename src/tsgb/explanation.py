@@ -61,7 +61,10 @@ class Explanation:
         alpha: float = 0.5,
         scale: float | None = None,
     ) -> Image.Image:
-        """Lay one map over its picture.
+        """Lay one map over its picture; of a series or a volume, over the input itself.
+
+        A series (C, L) is drawn over the colours of its map, see `tsgb.plots.series`; of a volume (C, D, H, W) the
+        slices are shown side by side, see `tsgb.plots.montage`.
 
         Args:
             picture: the picture that the input shows as a whole (a Pillow image or a file), of any size; None shows the
@@ -72,10 +75,10 @@ class Explanation:
             scale: the value that gets the full colour; None takes the map's 99th percentile.
 
         Returns:
-            RGB picture of the size of ``picture``.
+            RGB picture, of the size of ``picture``.
 
         Raises:
-            ValueError: the maps are not two-dimensional.
+            ValueError: the maps have no one to three dimensions, or a picture is given for a series or a volume.
 
         Example:
             >>> import torch, tsgb
@@ -83,10 +86,17 @@ class Explanation:
             >>> e.overlay().size
             (128, 128)
         """
-        from . import render
+        from . import plots, render
 
-        shown = self._picture(image, picture)
-        return render.overlay(shown, self._map(image, target, shown.size), colormap=colormap, alpha=alpha, scale=scale)
+        maps, images = (value[0] if isinstance(value, tuple) else value for value in (self.maps, self.images))
+        if maps.dim() in (3, 5):
+            if picture is not None:
+                raise ValueError(f"a picture can be given for maps (N, K, H, W) alone, got {tuple(maps.shape)}")
+            draw = plots.series if maps.dim() == 3 else plots.montage
+            shown = images[image].detach().float().cpu().numpy(), maps[image, target].cpu().numpy()
+            return draw(*shown, colormap=colormap, alpha=alpha, scale=scale)
+        below = self._picture(image, picture)
+        return render.overlay(below, self._map(image, target, below.size), colormap=colormap, alpha=alpha, scale=scale)
 
     def save(self, folder: str | Path, pictures: Sequence[Image.Image | str | Path] | None = None) -> list[Path]:
         """Write every map as an overlay and as an array: ``<image>_<class>.png`` and ``.npy``.
@@ -115,14 +125,15 @@ class Explanation:
         count, k = self.targets.shape
         if pictures is not None and len(pictures) != count:
             raise ValueError(f"pictures must be one an image, {count}, got {len(pictures)}")
-        shown = [self._picture(n, pictures[n] if pictures else None) for n in range(count)]
+        maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
+        shown = [self._picture(n, picture) for n, picture in enumerate(pictures)] if pictures else [None] * count
         written = []
         for n, stem in enumerate(_stems(pictures, count)):
             for j in range(k):
                 label = str(int(self.targets[n, j])) if self.targets[n, j] >= 0 else "target"
                 png, npy = (Path(folder) / f"{stem}_{label}.{kind}" for kind in ("png", "npy"))
-                render.save(render.overlay(shown[n], self._map(n, j, shown[n].size)), png)
-                render.save_map(self._map(n, j), npy)
+                render.save(self.overlay(shown[n], n, j), png)
+                render.save_map(maps[n, j].cpu().numpy(), npy)
                 written += [png, npy]
         return written
 

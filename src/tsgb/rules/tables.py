@@ -111,6 +111,10 @@ _KEEPING = (
     (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double),
     (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.repeat, torch.tile),
     (torch.repeat_interleave, torch.diagonal, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_),
+    # Comparisons with a tensor that is given, which a target may be made of.
+    (functional.cosine_similarity, functional.pairwise_distance, torch.cdist, torch.dist, functional.mse_loss),
+    (functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss, functional.kl_div),
+    (functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits, functional.cosine_embedding_loss),
     (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.positive, torch.ravel),  # type: ignore[attr-defined]
 )
 _KEPT: Table = {operator: ORDINARY for group in _KEEPING for operator in group}
