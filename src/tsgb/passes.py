@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,18 @@ from torch import Tensor, nn
 
 from . import checks, targets
 from . import rules as rule_tables
-from .backprop import Backprop, FoldedError, Gradient, Product, Relevance, Summed, dense, recording, summed
+from .backprop import (
+    Backprop,
+    CoverageError,
+    FoldedError,
+    Gradient,
+    Product,
+    Relevance,
+    Summed,
+    dense,
+    recording,
+    summed,
+)
 from .explanation import Row
 from .targets import Target
 
@@ -190,8 +203,14 @@ def _called(
     model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     try:
-        return model(*images, *args, **kwargs)
+        with _as_written():
+            return model(*images, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError) as error:
+        if "TorchScript interpreter" in str(error):
+            raise CoverageError(
+                "the model runs a scripted module, whose operators do not pass through torch's functions: write it in "
+                "torch"
+            ) from error
         held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
         if held is not None and held.device != images[0].device:
             raise ValueError(
@@ -201,6 +220,14 @@ def _called(
         if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
             raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
         raise
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Run what torch.compile compiled as it was written, where torch can."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    if stance is None or "torch._dynamo" not in sys.modules:  # then nothing is compiled, and to ask takes time
+        return nullcontext()
+    return stance("force_eager")  # type: ignore[no-any-return]
 
 
 def _logits_if_any(output: Any) -> Tensor | None:

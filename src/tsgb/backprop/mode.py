@@ -171,6 +171,7 @@ class Backprop(TorchFunctionMode):
                 args = (args[0].contiguous(), *args[1:])
                 self._kept.torn[args[0].untyped_storage()._cdata] = args[0].detach()
         if met is None:
+            _refuse_quantised(call)
             self._refuse_attention(call)
             with self._kept.watching():
                 output = operators.plain(func, args, kwargs)
@@ -380,6 +381,19 @@ def _separate(args: tuple[Any, ...], outputs: Any) -> Any:
 
 def _held(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _refuse_quantised(call: Call) -> None:
+    """Refuse an operator whose weights are packed, through which no gradient flows.
+
+    Raises:
+        CoverageError: says what to explain in its place.
+    """
+    if any(isinstance(value, torch.ScriptObject) for value in (*call.args, *call.kwargs.values())):
+        raise CoverageError(
+            f"the model is quantised (`{call.name}`), and no gradient flows through packed weights: explain the float "
+            "model that it was made of"
+        )
 
 
 def _is_viewable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -84,6 +84,8 @@ def spelling(function: Callable[..., Any]) -> Spelling:
         Spelling(name='relu', is_inplace=True, arguments=())
     """
     word = getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, torch._ops.OpOverload):  # of an exported graph: "relu_.default", "mean.dim"
+        word = word.split(".")[0]
     is_inplace = word.endswith("_") and not word.endswith("__")
     if word == "__get__":
         word = function.__self__.__name__  # type: ignore[attr-defined]
@@ -119,7 +121,7 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         args, inplace = _bound(args, kwargs, spelled.arguments, inplace)
     if spelled.name in _TRAINING:
         _refuse_training(spelled.name, args, kwargs)
-    if function is torch.batch_norm:
+    if function is torch.batch_norm or (spelled.name == "batch_norm" and isinstance(function, torch._ops.OpOverload)):
         x, weight, bias, mean, var, training, momentum, eps = args[:8]
         args, kwargs = (x, mean, var, weight, bias, training, momentum, eps), {}
     if "input" in kwargs:

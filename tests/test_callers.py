@@ -1,0 +1,216 @@
+"""How models come to `tsgb.explain`: each row of docs/callers.md is a test here."""
+
+import os
+import socket
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+import tsgb
+from test_handing import relative
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 8, 3),
+            nn.ReLU6(),
+            nn.Dropout(0.5),
+        )
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x):
+        x = self.body(x)
+        x = self.pool(x + torch.tanh(x))
+        return self.head(torch.flatten(x, 1))
+
+
+class Output(OrderedDict):
+    """Like a ModelOutput of transformers: a dict with attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class LikeTransformers(Net):
+    def forward(self, pixel_values, labels=None, return_dict=True):
+        return Output(logits=super().forward(pixel_values), hidden_states=(pixel_values,))
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def same(x):
+    """Checks that a model is explained as `Net` is."""
+    expected = tsgb.explain(Net(), x, [[1, 2], [0, 4]])
+
+    def check(model):
+        found = tsgb.explain(model, x, [[1, 2], [0, 4]])
+        assert relative(found.maps, expected.maps) < 1e-6
+        assert torch.allclose(found.logits, expected.logits, atol=1e-6)
+        assert not [row for row in found.coverage if row[1] is None]
+        return found
+
+    return check
+
+
+@pytest.fixture
+def group():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel(same):
+    same(nn.DataParallel(Net()))
+
+
+def test_distributed_data_parallel(same, group):
+    same(nn.parallel.DistributedDataParallel(Net()).eval())
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
+def test_torch_compile(how, same):
+    model = Net()
+    if how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.body = torch.compile(model.body, backend="eager")
+    same(model)
+
+
+def test_fx(same):
+    same(torch.fx.symbolic_trace(Net()))
+
+
+def test_export(same, x):
+    same(torch.export.export(Net(), (x,)).module())
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript_is_refused(how, x):
+    model = torch.jit.script(Net()) if how == "script" else torch.jit.trace(Net(), x)
+    with pytest.raises(tsgb.CoverageError, match=r"scripted module.*write it in"):
+        tsgb.explain(model, x, 1)
+
+
+def test_dynamically_quantised_is_refused(x):
+    quantised = torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(tsgb.CoverageError, match=r"quantised.*explain the float model"):
+        tsgb.explain(quantised, x, 1)
+
+
+def test_statically_quantised_is_refused(x):
+    model = nn.Sequential(
+        torch.ao.quantization.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU(), torch.ao.quantization.DeQuantStub()
+    ).eval()
+    model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    prepared = torch.ao.quantization.prepare(model)
+    prepared(x)
+    converted = torch.ao.quantization.convert(prepared)
+    with pytest.raises(tsgb.CoverageError, match="quantised"):
+        tsgb.explain(nn.Sequential(converted, nn.Flatten(), nn.Linear(4 * 14 * 14, 5)).eval(), x, 1)
+
+
+def test_outputs_of_transformers(same):
+    same(LikeTransformers())
+
+
+def test_a_functional_call(same):
+    model = Net()
+    same(lambda images: functional_call(model, dict(model.named_parameters()), (images,)))
+
+
+def test_parametrised_weights(same):
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.body[4])
+    nn.utils.parametrizations.weight_norm(model.head)
+    same(model)
+
+
+def test_channels_last(same):
+    same(Net().to(memory_format=torch.channels_last))
+
+
+def test_images_of_a_graph(x):
+    leaf = x.clone().requires_grad_()
+    computed = leaf * 1
+    assert torch.equal(tsgb.explain(Net(), computed, 1).maps, tsgb.explain(Net(), x, 1).maps)
+    computed.sum().backward()
+    assert torch.equal(leaf.grad, torch.ones_like(x))
+
+
+def test_inside_a_training_loop(x):
+    def trained(explains):
+        model = Net().train()
+        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(3):
+            torch.manual_seed(step)
+            loss = functional.cross_entropy(model(x), torch.tensor([1, 3]))
+            if explains:  # between forward and backward
+                maps = tsgb.explain(model.eval(), x, 1).maps
+                assert not maps.requires_grad
+                model.train()
+            loss.backward()
+            if explains:  # and between backward and step
+                tsgb.explain(model.eval(), x, 1)
+                model.train()
+            optimiser.step()
+            optimiser.zero_grad()
+        return model.state_dict()
+
+    alone, explained = trained(False), trained(True)
+    assert all(torch.equal(alone[key], explained[key]) for key in alone)
+
+
+def test_weights_on_another_device_are_named(x):
+    with pytest.raises(ValueError, match=r"images must be on the model's device meta.*images.to\('meta'\)"):
+        tsgb.explain(Net().to("meta"), x, 1)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_on_an_accelerator(device, x):
+    if not getattr(torch, device).is_available():
+        pytest.skip(f"no {device} device at hand")
+    expected = tsgb.explain(Net(), x, [[1, 2], [0, 4]])
+    found = tsgb.explain(Net().to(device), x.to(device), [[1, 2], [0, 4]])
+    assert found.maps.device.type == device
+    assert relative(found.maps.cpu(), expected.maps) < 1e-3
+
+
+def test_parts_on_two_devices(x):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices at hand")
+
+    class Split(Net):
+        def forward(self, x):
+            return self.head(self.pool(self.body(x).to("cuda:1")).flatten(1))
+
+    alone, model = Split(), Split()
+    model.body.to("cuda:0")
+    model.head.to("cuda:1")
+    expected = tsgb.explain(alone.to("cuda:1"), x.to("cuda:1"), 1).maps
+    assert relative(tsgb.explain(model, x.to("cuda:0"), 1).maps.cpu(), expected.cpu()) < 1e-3
