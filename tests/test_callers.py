@@ -3,6 +3,7 @@
 import os
 import socket
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,6 +101,18 @@ def test_torch_compile(how, same):
     else:
         model.body = torch.compile(model.body, backend="eager")
     same(model)
+
+
+def test_compiled_models_in_threads_leave_the_compiler_as_it_was(x):
+    model, calls = torch.compile(Net(), backend=lambda graph, inputs: calls.append(1) or graph), []
+    expected = tsgb.explain(Net(), x, 1).maps
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: tsgb.explain(model, x, 1).maps, range(16)):
+            assert relative(found, expected) < 1e-6
+    assert not calls  # none was compiled for an explanation
+    with torch.no_grad():
+        model(x)
+    assert calls
 
 
 def test_fx(same):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forwar
 NOTHING = 1e-30
 #: Models that call max pooling as a function, so that to fold batch norm is in vain; nothing but time depends on it.
 _CHOOSING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_LOCK, _STANCE, _running = threading.Lock(), ExitStack(), 0  # threads in which compiled code runs as it was written
 _AT_ONCE = 2**26  # values of images times classes that go backward together
 
 
@@ -203,7 +205,7 @@ def _called(
     model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     try:
-        with _as_written():
+        with _as_written() if _is_compiled(model) else nullcontext():
             return model(*images, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError) as error:
         if "TorchScript interpreter" in str(error):
@@ -222,12 +224,32 @@ def _called(
         raise
 
 
-def _as_written() -> AbstractContextManager[Any]:
-    """Run what torch.compile compiled as it was written, where torch can."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    if stance is None or "torch._dynamo" not in sys.modules:  # then nothing is compiled, and to ask takes time
-        return nullcontext()
-    return stance("force_eager")  # type: ignore[no-any-return]
+def _is_compiled(model: Callable[..., Any]) -> bool:
+    """Tell whether torch.compile made the model, or a part of it."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return False
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    return any(
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_torchdynamo_orig_callable")
+        for part in parts
+    )
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Run the body with what torch.compile compiled as it was written; torch knows this for all threads alone."""
+    global _running
+    with _LOCK:
+        if _running == 0:
+            _STANCE.enter_context(torch.compiler.set_stance("force_eager"))
+        _running += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _running -= 1
+            if _running == 0:
+                _STANCE.close()  # to what it was
 
 
 def _logits_if_any(output: Any) -> Tensor | None:
