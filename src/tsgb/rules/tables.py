@@ -147,7 +147,7 @@ PAPER: Table = {
     **_KEPT,
     **_EXTENSIONS,
     **dict.fromkeys(_ACTIVATIONS, ORDINARY),
-    **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus), ORDINARY),
+    **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus, functional.softmax), ORDINARY),
     **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
     **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
     functional.batch_norm: batch_norm,
