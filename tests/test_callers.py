@@ -4,6 +4,7 @@ import os
 import socket
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -155,6 +156,17 @@ def test_outputs_of_transformers(same):
 def test_a_functional_call(same):
     model = Net()
     same(lambda images: functional_call(model, dict(model.named_parameters()), (images,)))
+
+
+def test_a_callable_that_cannot_be_hashed(same):
+    @dataclass
+    class Wrapped:
+        model: nn.Module
+
+        def __call__(self, images):
+            return self.model(images)
+
+    same(Wrapped(Net()))
 
 
 def test_parametrised_weights(same):

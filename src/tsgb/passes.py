@@ -99,13 +99,14 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
         target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
     """
     pools = None
-    if request.model not in _CHOOSING:
+    module = request.model if isinstance(request.model, nn.Module) else None  # what else is called may have no hash
+    if module is None or module not in _CHOOSING:
         pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
     try:
         return _forward(request, inputs, target, handing, pools)
     except FoldedError:  # it calls max pooling as a function
-        if isinstance(request.model, nn.Module):
-            _CHOOSING.add(request.model)
+        if module is not None:
+            _CHOOSING.add(module)
         return _forward(request, inputs, target, handing, None)
 
 

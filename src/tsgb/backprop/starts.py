@@ -123,7 +123,8 @@ def _convolution(
         return Convolution(x, o != 0 if has_zeros else None, windows, fields, below, is_positive, conv.keep)
 
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    if is_heavy and fits and weight.dim() == 4 and weight[0, 0].numel() > 1 and not x.is_contiguous():
+    is_wide = weight.dim() == 4 and weight[0, 0].numel() > 1
+    if is_heavy and fits and is_wide and x.device.type == "cpu" and not x.is_contiguous():
         return Start((x,), begin, lambda: _as_contiguous(partial(conv.function, **options), x, weight, bias))
     if may_be_zero or not fits or not conv.folding.waits(x, weight, bias):
         return Start((x,), begin)
