@@ -98,7 +98,7 @@ def compiled(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
 
 def plain(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """TSGB with every rule in its plain form, gradient in and gradient out."""
-    table = _plainly(rules.DEFAULT)
+    table = rules.plain(rules.DEFAULT)
     return lambda: tsgb.explain(model, images, targets, rules=table).maps
 
 
@@ -207,16 +207,6 @@ def _targets(batch: int, k: int, device: str) -> Tensor:
 def _last_features(model: nn.Module) -> nn.Module:
     found: nn.Module = next((getattr(model, name) for name in ("layer4", "features") if hasattr(model, name)), model)
     return found if found is not model else next(model.children())
-
-
-def _plainly(table: rules.Table) -> rules.Table:
-    """The same rules as functions that the mechanism does not know, so that it runs them in their plain form."""
-
-    def wrapped(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda grad, x, *args, o=None, **kwargs: rule(grad, x, *args, **kwargs)
-
-    roles = {role: {op: wrapped(r) for op, r in table[role].items()} for role in (rules.CONSTANT, rules.GATE)}
-    return {op: wrapped(r) if callable(op) and callable(r) else r for op, r in table.items()} | roles
 
 
 @contextmanager

@@ -12,11 +12,10 @@ network failed that was not refused as out of scope.
 """
 
 import argparse
-import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -182,7 +181,7 @@ def check(model: nn.Module, images: Tensor, result: Row) -> None:
         maps = tsgb.explain(model, images, classes, rules=table).maps
         result.off = max(result.off, relative(single[name].maps.double(), maps))
         alone = relative(tsgb.explain(model, images[:1], classes[:1], rules=table).maps, maps[:1])
-        plain = relative(tsgb.explain(model, images, classes, rules=plainly(table)).maps, maps)
+        plain = relative(tsgb.explain(model, images, classes, rules=rules.plain(table)).maps, maps)
         result.failures += [f"{name}: alone {alone:.0e}"] * (not alone < CLOSE)
         result.failures += [f"{name}: plain form {plain:.0e}"] * (not plain < CLOSE)
     try:
@@ -195,21 +194,6 @@ def check(model: nn.Module, images: Tensor, result: Row) -> None:
         off = relative(explainer(images, classes).maps, tsgb.explain(model, images, classes).maps)
         result.compiled = "same" if off < CLOSE else f"off by {off:.0e}"
         result.failures += ["compiled"] * (not off < CLOSE)
-
-
-def plainly(table: rules.Table) -> rules.Table:
-    """The same rules as functions that the mechanism does not know, so that it runs them in their plain form."""
-
-    def wrapped(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if "o" in inspect.signature(rule).parameters:
-            return lambda grad, x, *args, o=None, **kwargs: rule(grad, x, *args, o=o, **kwargs)
-        return lambda grad, x, *args, **kwargs: rule(grad, x, *args, **kwargs)
-
-    roles = {
-        role: {operator: wrapped(rule) for operator, rule in table.get(role, {}).items()}
-        for role in (rules.CONSTANT, rules.GATE)
-    }
-    return {key: wrapped(rule) if callable(key) and callable(rule) else rule for key, rule in table.items()} | roles
 
 
 def state(model: nn.Module) -> list[object]:

@@ -131,6 +131,25 @@ def test_targets_as_users_write_them():
         assert tsgb.explain(model, x, target).targets.tolist() == expected, name
 
 
+@pytest.mark.parametrize(
+    ("by_hand", "by_torch"),
+    [
+        (lambda o: o.exp() / o.exp().sum(1, keepdim=True), lambda o: o.softmax(1)),
+        (lambda o: o - o.logsumexp(1, keepdim=True), lambda o: o.log_softmax(1)),
+        (lambda o: o * o.sigmoid(), functional.silu),
+        (lambda o: o / (1 + o.abs()), functional.softsign),
+    ],
+    ids=["softmax", "log softmax", "silu", "softsign"],
+)
+@pytest.mark.parametrize("handing", [True, False], ids=["handing", "plain"])
+def test_what_a_target_writes_by_hand_has_its_own_derivative(by_hand, by_torch, handing):
+    model, x = Small(torch.float64), images(dtype=torch.float64)
+    table = rules.DEFAULT if handing else rules.plain(rules.DEFAULT)
+    ours, theirs = (tsgb.explain(model, x, lambda o, f=f: f(o)[:, 2], rules=table).maps for f in (by_hand, by_torch))
+    assert theirs.any()
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_a_callable_target():
     model, x = Small(), images()
     e = tsgb.explain(model, x, lambda output: output[:, 1])

@@ -15,7 +15,8 @@ import tsgb
 from loading import printed
 from networks_spelled import SPELLED, NormalisesItsInput
 from test_handing import REAL, Drawn, real
-from tsgb import rules
+from tsgb import compiled, rules
+from tsgb.passes import Pass
 
 
 class Small(nn.Sequential):
@@ -224,6 +225,25 @@ def test_a_target_that_cannot_be_hashed():
 def test_what_cannot_be_traced_is_refused(model, words):
     with pytest.raises(RuntimeError, match=f"{words}.*tsgb.explain"):
         traced(model, images(), 1)
+
+
+def test_the_graph_may_differ_where_the_last_digit_decides():
+    torch.manual_seed(0)
+    relevance, targets, arrived = torch.randn(2, 3, 8, 8), torch.tensor([[1, 2]] * 3), torch.ones(2, 3, dtype=bool)
+    logits, one_map = torch.randn(3, 5), torch.zeros(2, 3, 1, 1)
+    one_map[1, 2] = 1
+    eager = Pass([relevance], targets, logits, arrived)
+    compiled._check_trace(
+        Pass([relevance * (1 + 0.01 * one_map)], targets, logits * (1 + 1e-5), arrived), (eager, None)
+    )
+    for found in (
+        Pass([relevance * (1 + 0.1 * one_map)], targets, logits, arrived),
+        Pass([relevance], targets, logits * 1.01, arrived),
+        Pass([relevance], targets + 1, logits, arrived),
+        Pass([relevance], targets, logits, ~arrived),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be traced"):
+            compiled._check_trace(found, (eager, None))
 
 
 def test_errors_are_those_of_explain():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import tsgb
-from test_handing import plainly, relative
+from test_handing import relative
 from tsgb import rules
 from tsgb.backprop.folding import Waiting
 
@@ -97,7 +97,7 @@ def folded(monkeypatch):
 def assert_plain(model, x, targets=([0, 1], [3, 2])):
     """The logits of the model, and the maps of the plain form, which folds nothing."""
     ours = tsgb.explain(model, x, list(targets))
-    theirs = tsgb.explain(model, x, list(targets), rules=plainly(rules.DEFAULT))
+    theirs = tsgb.explain(model, x, list(targets), rules=rules.plain(rules.DEFAULT))
     assert relative(ours.maps, theirs.maps) < 1e-5
     with torch.no_grad():
         assert torch.allclose(ours.logits, model(x), atol=1e-5)

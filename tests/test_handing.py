@@ -1,6 +1,5 @@
 """Handing relevance on gives what the rules give in their plain form, gradient in and gradient out."""
 
-import inspect
 import itertools
 
 import pytest
@@ -17,33 +16,13 @@ from tsgb.backprop.relevance import Dense, Gradient, LostError, Product, Relevan
 from tsgb.backprop.windows import Windows
 
 
-def plainly(table):
-    """The same rules as functions that the mechanism does not know, so that it runs them in their plain form."""
-
-    def wrapped(rule):
-        def plain(*args, **kwargs):
-            return rule(*args, **kwargs)
-
-        plain.__signature__ = inspect.signature(rule)
-        plain.__name__ = getattr(rule, "func", rule).__name__
-        return plain
-
-    roles = {
-        role: {op: wrapped(rule) for op, rule in table[role].items()}
-        for role in (rules.CONSTANT, rules.GATE)
-        if role in table
-    }
-    plain = {op: wrapped(rule) if callable(op) and callable(rule) else rule for op, rule in table.items()}
-    return {**plain, **roles}
-
-
 def relative(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
 def assert_handed(model, x, targets, table=rules.DEFAULT, tolerance=1e-8):
     ours = tsgb.explain(model, x, targets, rules=table)
-    theirs = tsgb.explain(model, x, targets, rules=plainly(table))
+    theirs = tsgb.explain(model, x, targets, rules=rules.plain(table))
     assert theirs.maps.abs().sum() > 0
     assert ours.coverage == theirs.coverage
     assert relative(ours.maps, theirs.maps) < tolerance
@@ -211,7 +190,7 @@ def test_a_network_drawn_at_random_gets_the_plain_map(data, seed, table):
     with torch.no_grad():
         logits = model(x)
     ours = tsgb.explain(model, x, [[0, 1, 2, 3]] * 2, rules=getattr(rules, table))
-    theirs = tsgb.explain(model, x, [[0, 1, 2, 3]] * 2, rules=plainly(getattr(rules, table)))
+    theirs = tsgb.explain(model, x, [[0, 1, 2, 3]] * 2, rules=rules.plain(getattr(rules, table)))
     assert torch.equal(ours.logits, logits)
     assert (ours.maps - theirs.maps).norm() <= 1e-8 * theirs.maps.norm()
     one = tsgb.explain(model, x, 2, rules=getattr(rules, table))

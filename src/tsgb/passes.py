@@ -117,6 +117,7 @@ def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handi
         output = _called(request.model, images, request.args, request.kwargs or {})
         found = _logits_if_any(output)
         logits = None if found is None else found.detach().clone()
+        run.in_target = True
         scores = targets.scores(target, output, len(leaves[0])) if callable(target) else None
     return Forward(run, leaves, output, logits, scores, handing)
 

@@ -15,6 +15,7 @@ from .nodes import Ruling
 __all__ = [
     "gate",
     "has_weights",
+    "is_centre",
     "is_linear",
     "is_settled",
     "is_unseen",
@@ -118,3 +119,13 @@ def gate(a: Tensor, b: Tensor) -> Tensor | None:
         if any(node is b.grad_fn for node in walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
             return a
     return None
+
+
+def is_centre(a: Tensor, b: Tensor) -> bool:
+    """Tell whether b, which is subtracted from a, was computed from it and is broadcast over it.
+
+    So a norm spelled out takes the mean away; like the statistics of batch norm it is held constant.
+    """
+    if a.dim() != b.dim() or b.numel() >= a.numel() or b.grad_fn is None:
+        return False
+    return any(node is a.grad_fn for node in walk(b.grad_fn, stop=lambda node: node is a.grad_fn))

@@ -78,6 +78,7 @@ class Backprop(TorchFunctionMode):
         self._f = table[rules.F] if f is None else f
         self.coverage = Coverage()
         self.has_shifts = False  # whether a constant was added to what comes from the image
+        self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
 
     def enter(self, leaf: Tensor, form: torch.memory_format, whole: bool) -> Tensor:
         """Copy a leaf of the graph into the image that the model is given.
@@ -218,12 +219,16 @@ class Backprop(TorchFunctionMode):
             function, rule = self._constant[call.name]
             self.has_shifts = True
             return _ruling(call, function, rule), call
-        if len(signals) == 2 and call.name in self._products and len(call.args) == 2:
-            gate = graph.gate(*signals) if call.name != "div" else signals[1]
-            if gate is not None:
-                signal = signals[0] if gate is signals[1] else signals[1]
-                function, rule = self._products[call.name]
-                call = replace(call, args=(signal, gate.detach()))
+        if len(signals) == 2 == len(call.args) and not self.in_target:
+            held, table = None, self._products
+            if call.name in self._products:
+                held = graph.gate(*signals) if call.name != "div" else signals[1]
+            elif call.name == "sub" and "sub" in self._constant and graph.is_centre(*signals):
+                held, table, self.has_shifts = signals[1], self._constant, True
+            if held is not None:
+                signal = signals[0] if held is signals[1] else signals[1]
+                function, rule = table[call.name]
+                call = replace(call, args=(signal, held.detach()))
                 return _ruling(call, function, rule), call
         function, rule = self._rules.get(call.name, (None, None))
         if function is None or not callable(rule) or not signals or signals[0] is not call.args[0]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -209,4 +210,13 @@ def _relevance(parts: list[Part], o: Cell | None) -> list[Part]:
 
 
 def _wants(rule: Callable[..., Any], name: str) -> bool:
-    return name in inspect.signature(rule).parameters
+    """Tell whether a rule has a parameter of a name; rules of the table are few, and asked for at every layer."""
+    try:
+        return name in _parameters(rule)
+    except TypeError:  # it has no hash
+        return name in inspect.signature(rule).parameters
+
+
+@lru_cache(maxsize=512)
+def _parameters(rule: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(rule).parameters)

@@ -33,7 +33,7 @@ from .formulas import (
     selectivity,
     shift,
 )
-from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table
+from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table, plain
 
 __all__ = [
     "CONSTANT",
@@ -68,6 +68,7 @@ __all__ = [
     "guided",
     "linear",
     "linear_head",
+    "plain",
     "selectivity",
     "shift",
 ]

@@ -12,10 +12,12 @@ not name keeps it too, but is reported. Three keys are no functions but roles th
 table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from .extensions import conv_transposed
@@ -111,6 +113,9 @@ _KEEPING = (
     (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double),
     (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.repeat, torch.tile),
     (torch.repeat_interleave, torch.diagonal, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_),
+    # Statistics, by which a norm that is spelled out divides.
+    (torch.var, torch.std, torch.var_mean, torch.std_mean, torch.norm, torch.linalg.norm, torch.linalg.vector_norm),
+    (torch.sqrt, torch.rsqrt, torch.logsumexp),
     # Comparisons with a tensor that is given, which a target may be made of.
     (functional.cosine_similarity, functional.pairwise_distance, torch.cdist, torch.dist, functional.mse_loss),
     (functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss, functional.kl_div),
@@ -168,3 +173,33 @@ DEFAULT: Table = {
     HEAD: _head_table("contributions"),
     F: selectivity,
 }
+
+
+def plain(table: Table) -> Table:
+    """The same table, whose rules run as they are written, from gradient to gradient.
+
+    The mechanism knows the rules of this package, and hands relevance on for them, which is faster. What it does not
+    know it calls as it is; so this table gives the same maps the slow way, to compare with.
+
+    Args:
+        table: of any rules.
+
+    Returns:
+        A table of the same operators and roles.
+
+    Example:
+        >>> import tsgb
+        >>> model, images = tsgb.load("bundled").model, torch.rand(1, 3, 128, 128)
+        >>> fast, slow = tsgb.explain(model, images, 1), tsgb.explain(model, images, 1, rules=plain(DEFAULT))
+        >>> torch.allclose(fast.maps, slow.maps, atol=1e-4)
+        True
+    """
+
+    def called(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return wraps(getattr(rule, "func", rule))(lambda *args, **kwargs: rule(*args, **kwargs))
+
+    roles = {
+        role: {operator: called(rule) for operator, rule in table.get(role, {}).items()} for role in (CONSTANT, GATE)
+    }
+    rules = {key: called(rule) if callable(key) and callable(rule) else rule for key, rule in table.items()}
+    return {**rules, **roles}
