@@ -199,6 +199,17 @@ def test_attention_is_refused(how):
         tsgb.explain(Attends(how), torch.rand(2, 3, 16, 16), 1)
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_refused(layer):
+    class Rows(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x).flatten(2).mT)[0].mean(1))
+
+    model = Rows(nn.Conv2d(3, 8, 4, 4), layer(8, 6, batch_first=True), nn.Linear(6, 5)).eval()
+    with pytest.raises(tsgb.CoverageError, match=r"recurrent layer .* out of its scope"):
+        tsgb.explain(model, torch.rand(2, 3, 16, 16), 1)
+
+
 def test_attention_with_a_rule_of_the_users_own():
     table = {**rules.DEFAULT, functional.scaled_dot_product_attention: rules.ORDINARY}
     assert tsgb.explain(Attends("sdpa"), torch.rand(2, 3, 16, 16), 1, rules=table).maps.isfinite().all()

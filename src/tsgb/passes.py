@@ -20,6 +20,7 @@ from .backprop import (
     CoverageError,
     FoldedError,
     Gradient,
+    LostError,
     Product,
     Relevance,
     Summed,
@@ -210,6 +211,8 @@ def _called(
         with _as_written() if _is_compiled(model) else nullcontext():
             return model(*images, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError) as error:
+        if "created inside a custom Function" in str(error):
+            raise LostError("the model writes on a view of what passed a rule") from error
         if "TorchScript interpreter" in str(error):
             raise CoverageError(
                 "the model runs a scripted module, whose operators do not pass through torch's functions: write it in "

@@ -1,7 +1,7 @@
 """The mechanism: one forward and one backward of any model under a table of rules.
 
 `mode` sees the model's calls and puts `nodes` into autograd's graph. They run rules in their plain form (`tsgb.rules`),
-gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing` and `windows` how.
+gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing`, `joining` and `windows` how.
 `folding` runs convolution and batch norm as one. `heads` finds in autograd's `graph` where the target comes from,
 `coverage` counts what met a rule. `operators` reads how torch spells its operators, `saved` keeps what backward needs
 from in-place calls.

@@ -3,7 +3,8 @@
 The formulas are those of `rules`; here they are written for relevance, tensor * gradient, in place of the gradient, and
 for K classes at once. An operator says what it wants of what arrives: the relevance of every channel, or its sum over
 the channels alone. It is told what each of its inputs' producers takes: a ``GRADIENT``, relevance by ``CHANNELS``, or
-``SUMS``.
+``SUMS``. Where a tensor's channels stand last, (N, ..., C), its relevance is that of the tensor with the channels moved
+to the front all the same; a gradient has the tensor's own layout.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ __all__ = [
     "CHANNELS",
     "GRADIENT",
     "SUMS",
+    "TINY",
+    "AveragePool",
     "Convolution",
     "Handing",
     "Image",
+    "Masked",
     "MaxPool",
     "Mean",
     "Passing",
-    "Sum",
     "Takes",
+    "classes_of",
+    "in_pieces",
+    "rows_of",
 ]
 
 Takes = Literal["gradient", "channels", "sums"]
@@ -41,8 +47,8 @@ CHANNELS: Takes = "channels"
 SUMS: Takes = "sums"
 
 _PIECE = 2**20  # values of a tensor that is worked on in one piece
+TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 _MANY = 3  # classes from which on what they share is worked out once and not for each
-_TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 
 
 class Handing(ABC):
@@ -52,6 +58,7 @@ class Handing(ABC):
     below: Takes = GRADIENT  # what the producer of its one input takes
     is_positive = False  # whether no value of the output is below 0, where that is known
     has_zeros = True  # whether values of the output may be 0 and yet not tell that nothing arrives there
+    is_last = False  # whether the channels of the output stand last
 
     @abstractmethod
     def hand(self, parts: list[Part]) -> list[list[Part]]:
@@ -59,6 +66,10 @@ class Handing(ABC):
 
     def forget(self) -> None:  # noqa: B027
         """Let go of what was kept, as it has been used; here nothing."""
+
+    def split(self, grads: Tensor) -> list[Tensor]:
+        """From gradients (K, *out) to those of each input, where there are several; here the same."""
+        raise NotImplementedError
 
 
 class Image(Handing):
@@ -74,22 +85,57 @@ class Image(Handing):
 
 
 class Passing(Handing):
-    """What passes relevance unchanged: batch norm, activations with act(0) = 0, constant shifts, gates."""
+    """What passes relevance unchanged: norms, activations with act(0) = 0, constants, gates, moved channels."""
 
-    def __init__(self, below: Takes, is_positive: bool, has_zeros: bool) -> None:
+    def __init__(self, below: Takes, is_positive: bool, has_zeros: bool, is_last: bool) -> None:
         """``below``: what the producer takes, and so this. The rest is of the output."""
-        self.takes, self.is_positive, self.has_zeros = below, is_positive, has_zeros
+        self.takes, self.is_positive, self.has_zeros, self.is_last = below, is_positive, has_zeros, is_last
 
     def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give what came."""
         return [parts]
 
 
+class Masked(Handing):
+    """A shift that turns zeros into numbers: relevance passes but where the input is 0, as there it has nowhere to go.
+
+    Args:
+        x: (N, C, *in), the input. ``below``: what its producer takes. The rest is of the output.
+    """
+
+    takes = CHANNELS
+    has_zeros = False
+
+    def __init__(self, x: Tensor, below: Takes, is_last: bool) -> None:
+        self._below, self.is_last = below, is_last
+        self._alive: Tensor | None = (x.movedim(-1, 1) if is_last else x) != 0
+
+    def forget(self) -> None:
+        """Let go of the mask."""
+        self._alive = None
+
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
+        """Give what came where something is."""
+        if self._alive is None:
+            raise LostError("the mask of a shift was let go")
+        given: list[Part] = []
+        for part in parts:
+            if isinstance(part, Product):
+                assert part.base is not None
+                base = part.base * self._alive
+                total = None if part.total is None else base.sum(1, keepdim=True)
+                given.append(Product(part.factor, total, base))
+            else:
+                given.append(Dense(dense([part]) * self._alive))
+        return [[Summed(summed(given))] if self._below == SUMS else given]
+
+
 class Convolution(Handing):
     """TSGB-Conv: ``u = spread(c / (n + 1e-10))`` is handed on as the relevance ``u |x|``; see `rules.conv`.
 
     Args:
-        x: (N, C, *in), the input. ``alive``: (N, O, *out), where the output has relevance; None for everywhere.
+        x: (N, C, *in), the input, or (N, *in, C) where its channels stand last, as a linear layer's. ``alive``: (N, O,
+            *out), where the output has relevance; None for everywhere.
         windows: what each position of the output sees.
         fields: 1, or the number of groups where each is treated by itself.
         below: what the producer of ``x`` takes.
@@ -108,8 +154,10 @@ class Convolution(Handing):
         below: Takes,
         is_positive: bool,
         keep: Callable[[Tensor], Cell],
+        is_last: bool = False,
     ) -> None:
-        self._alive, self._windows = alive, windows
+        x = x.movedim(-1, 1) if is_last else x
+        self._alive, self._windows, self.is_last = alive, windows, is_last
         self.takes = SUMS if fields == 1 and self._alive is None else CHANNELS
         self._fields, self.below, self._is_positive = fields, below, is_positive
         self._size = x.shape[2:]
@@ -133,15 +181,16 @@ class Convolution(Handing):
             return [[Product(field, self._total, None)]]
         if self.below == CHANNELS:
             return [[Product(field, self._total, self._sizes())]]
-        return [[Gradient(field * single(self._input()).sign())]]
+        values = field * single(self._input()).sign()
+        return [[Gradient(values.movedim(2, -1) if self.is_last else values)]]
 
     def _grouped(self, parts: Sequence[Part]) -> Part:
         sizes = self._sizes()
         size = _grouped(sizes, self._fields, 1)
         if self.below == SUMS:
-            sums = self._sums if _fields(parts) is None or _count(parts) < _MANY else self._sums_at_once
-            pieces = _pieces(len(size), size[0].numel())
-            return Summed(torch.cat([sums(_cut(parts, rows), size[rows]) for rows in pieces], 1))
+            sums = self._sums if _fields(parts) is None or classes_of(parts) < _MANY else self._sums_at_once
+            pieces = in_pieces(len(size), size[0].numel())
+            return Summed(torch.cat([sums(rows_of(parts, rows), size[rows]) for rows in pieces], 1))
         n = self._windows.sums(size, EPS)
         field = self._windows.spread(_grouped(dense(parts), self._fields, 2).div_(n), self._size)
         factor = sizes if self.below == CHANNELS else single(self._input()).sign()
@@ -151,7 +200,7 @@ class Convolution(Handing):
     def _sums(self, parts: Sequence[Part], size: Tensor) -> Tensor:
         """The sums over channels below, of some images."""
         n = self._windows.sums(size, EPS)
-        fields = _fields(parts) if len(parts) == _count(parts) == 1 else None
+        fields = _fields(parts) if len(parts) == classes_of(parts) == 1 else None
         if fields is None or is_traced():
             shared = _grouped(dense(parts), self._fields, 2).div_(n)
         else:  # the same in the place of n
@@ -176,82 +225,6 @@ class Convolution(Handing):
     def _sizes(self) -> Tensor:
         x = single(self._input())
         return x if self._is_positive else x.abs()
-
-
-class Sum(Handing):
-    """``o = a + b``: each is given its share of the relevance, ``R a / o`` and ``R b / o``.
-
-    Args:
-        b: the operand that is kept. ``o``: the sum; where what comes after sets it to 0 and nothing arrives there, it
-            need not be the sum.
-        below: what the producers of ``a`` and ``b`` take.
-        keep: makes a cell of a tensor.
-    """
-
-    takes = CHANNELS
-
-    def __init__(
-        self, b: Tensor, o: Tensor, below: tuple[Takes, Takes], has_zeros: bool, keep: Callable[[Tensor], Cell]
-    ) -> None:
-        self._below, self.has_zeros = below, has_zeros
-        self._b: Cell | None = keep(b)
-        self.o: Cell | None = keep(o)
-
-    def forget(self) -> None:
-        """Let go of operand and sum."""
-        self._b = self.o = None
-
-    def hand(self, parts: list[Part]) -> list[list[Part]]:
-        """Give both operands their shares."""
-        if self._b is None or self.o is None:
-            raise LostError("the operands of a sum were let go")
-        b, o, count = self._b.tensor, self.o.tensor, _count(parts)
-        if count == 1 and not is_traced():
-            return [[given] for given in self._of_one(parts, b, o)]
-        share = _share(b, o)
-        products = [part for part in parts if isinstance(part, Product)]
-        if len(products) > count or count == 1:  # then the classes' own channels are less work than the products'
-            products = []
-        given: list[list[Part]] = [[], []]
-        for product in products:
-            for place, given_to in enumerate(_split(product, share, self._below)):
-                given[place].append(given_to)
-        rest = [part for part in parts if not any(part is product for product in products)]
-        if rest:
-            values = dense(rest)
-            mine = values * share
-            if self._below[0] == SUMS:
-                given[0].append(Summed(values.sum(2, keepdim=True) - mine.sum(2, keepdim=True)))
-            else:
-                given[0].append(Dense(values.sub_(mine)))
-            given[1].append(Summed(mine.sum(2, keepdim=True)) if self._below[1] == SUMS else Dense(mine))
-        return given
-
-    def _of_one(self, parts: Sequence[Part], b: Tensor, o: Tensor) -> list[Part]:
-        """The shares of one class, in pieces and one of them in the place of what came, as that takes little memory."""
-        place = next((part.values[0] for part in parts if isinstance(part, Dense)), None)
-        dtype = torch.promote_types(o.dtype, torch.float32)
-        whole: list[Tensor | None] = [None, None]
-        for operand in (0, 1):
-            if self._below[operand] != SUMS:
-                whole[operand] = torch.empty_like(o, dtype=dtype) if place is None else place
-                place = None
-        sums: tuple[list[Tensor], list[Tensor]] = [], []
-        for rows in _pieces(len(o), o[0].numel()):
-            values = dense(_cut(parts, rows))[0]
-            mine = _share(b[rows], o[rows]).mul_(values)
-            if whole[0] is None:
-                sums[0].append(values.sum(1, keepdim=True) - mine.sum(1, keepdim=True))
-            else:
-                whole[0][rows] = values.sub_(mine)
-            if whole[1] is None:
-                sums[1].append(mine.sum(1, keepdim=True))
-            else:
-                whole[1][rows] = mine
-        return [
-            Summed(torch.cat(found)[None]) if values is None else Dense(values[None])
-            for found, values in zip(sums, whole, strict=True)
-        ]
 
 
 class Mean(Handing):
@@ -283,6 +256,42 @@ class Mean(Handing):
         return [given]
 
 
+class AveragePool(Handing):
+    """Average pooling: by its ordinary gradient each value is given its share of the sum, ``R = x * pool^T(R / o)``.
+
+    Args:
+        x: (N, C, H, W), the input. ``o``: the output. ``keep``: makes cells of them.
+        arguments: as ``torch.ops.aten.avg_pool2d`` takes them after the input.
+        below: what the producer of ``x`` takes.
+    """
+
+    takes = CHANNELS
+
+    def __init__(
+        self, x: Tensor, o: Tensor, arguments: tuple[Any, ...], below: Takes, keep: Callable[[Tensor], Cell]
+    ) -> None:
+        self._below, self._arguments = below, arguments
+        self._x: Cell | None = keep(x)
+        self._o: Cell | None = keep(o)
+
+    def forget(self) -> None:
+        """Let go of input and output."""
+        self._x = self._o = None
+
+    def hand(self, parts: list[Part]) -> list[list[Part]]:
+        """Give each value its share."""
+        if self._x is None or self._o is None:
+            raise LostError("what a pooling took was let go")
+        x, o = single(self._x.tensor), single(self._o.tensor)
+        found = []
+        for values in dense(parts):
+            grad = torch.ops.aten.avg_pool2d_backward(values / (o + TINY), x, *self._arguments)
+            given = grad.mul_(x)
+            found.append(given.sum(1, keepdim=True) if self._below == SUMS else given)
+        together = torch.stack(found)
+        return [[Summed(together) if self._below == SUMS else Dense(together)]]
+
+
 class MaxPool(Handing):
     """Max pooling in two dimensions: relevance goes to where the maximum was.
 
@@ -309,7 +318,7 @@ class MaxPool(Handing):
     def hand(self, parts: list[Part]) -> list[list[Part]]:
         """Give the maxima all."""
         fields = _fields(parts) if self._below == SUMS else None
-        if fields is not None and (is_traced() or _count(parts) >= _MANY or self._is_partition()):
+        if fields is not None and (is_traced() or classes_of(parts) >= _MANY or self._is_partition()):
             windows, size = self._windows(), self._shape[2:]
             return [[Summed(windows.spread_to(factor, base, self._indices, size)) for factor, base in fields]]
         values = torch.stack([self.scattered(v) for v in dense(parts)])
@@ -337,27 +346,7 @@ class MaxPool(Handing):
         return list(kernel) == list(stride)
 
 
-def _share(b: Tensor, o: Tensor) -> Tensor:
-    """What part of o, a sum, b is."""
-    share = single(o) + _TINY
-    return torch.div(single(b), share, out=share)
-
-
-def _split(product: Product, share: Tensor, below: tuple[Takes, Takes]) -> list[Part]:
-    """What two operands are given of a product, where the second has a share of it."""
-    assert product.base is not None
-    mine = product.base * share
-    if product.total is None:
-        both = [Product(product.factor, None, product.base - mine), Product(product.factor, None, mine)]
-        return [Summed(summed([p])) if takes == SUMS else p for p, takes in zip(both, below, strict=True)]
-    total = mine.sum(1, keepdim=True)
-    return [
-        Product(product.factor, product.total - total, None if below[0] == SUMS else product.base - mine),
-        Product(product.factor, total, None if below[1] == SUMS else mine),
-    ]
-
-
-def _count(parts: Sequence[Part]) -> int:
+def classes_of(parts: Sequence[Part]) -> int:
     """The number of classes."""
     return len(parts[0].factor if isinstance(parts[0], Product) else parts[0].values)
 
@@ -368,13 +357,13 @@ def _fields(parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]] | None:
     return found if len(found) == len(parts) else None
 
 
-def _pieces(count: int, numel: int) -> list[slice]:
+def in_pieces(count: int, numel: int) -> list[slice]:
     """Cut images into pieces whose tensors stay in the cache, and below the size for which memory is mapped anew."""
     step = max(1, _PIECE // numel)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _cut(parts: Sequence[Part], rows: slice) -> list[Part]:
+def rows_of(parts: Sequence[Part], rows: slice) -> list[Part]:
     """Relevance of some images."""
     found: list[Part] = []
     for part in parts:

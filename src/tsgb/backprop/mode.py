@@ -37,8 +37,12 @@ _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "s
 
 __all__ = ["Backprop", "recording"]
 
-# Products over positions or channels; of two signals they are attention.
-_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "multi_head_attention_forward"}
+# What mixes positions by what they hold, and by how many signals: of two a product is attention.
+_MIXING = {
+    **dict.fromkeys(("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"), 2),
+    "multi_head_attention_forward": 2,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), 1),
+}
 _FINE = 8  # convolutions that autocast does not run in half precision
 
 
@@ -173,7 +177,7 @@ class Backprop(TorchFunctionMode):
                 self._kept.torn[args[0].untyped_storage()._cdata] = args[0].detach()
         if met is None:
             _refuse_quantised(call)
-            self._refuse_attention(call)
+            self._refuse_mixing(call)
             with self._kept.watching():
                 output = operators.plain(func, args, kwargs)
             if not self._is_handing:
@@ -191,19 +195,25 @@ class Backprop(TorchFunctionMode):
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
             return o if call.inplace is None else call.inplace.copy_(o)
 
-    def _refuse_attention(self, call: Call) -> None:
-        """Refuse a product of two signals over positions, for which the table has no entry.
+    def _refuse_mixing(self, call: Call) -> None:
+        """Refuse attention and recurrent layers, for which the table has no entry.
 
         Raises:
-            CoverageError: says what the product is, and what can be done.
+            CoverageError: says what the model does, and what can be done.
         """
-        if call.name not in _PRODUCTS or call.name in self._rules:
+        least = _MIXING.get(call.name)
+        if least is None or call.name in self._rules:
             return
-        if sum(t.requires_grad for t in operators.tensors((call.args, call.kwargs))) > 1:
+        if sum(t.requires_grad for t in operators.tensors((call.args, call.kwargs))) >= least:
+            does, what = (
+                (f"multiplies two tensors that both come from the image (`{call.name}`), as attention does", "vision")
+                if least > 1
+                else (f"runs a recurrent layer (`{call.name}`)", "recurrent networks and vision")
+            )
             raise CoverageError(
-                f"the model multiplies two tensors that both come from the image (`{call.name}`), as attention does: "
-                "TSGB explains convolutional networks, and vision transformers are out of its scope. To go on all "
-                "the same, give it a rule: rules={**tsgb.rules.DEFAULT, the function: tsgb.rules.ORDINARY}"
+                f"the model {does}: TSGB explains convolutional networks, and {what} transformers are out of its "
+                "scope. To go on all the same, give it a rule: rules={**tsgb.rules.DEFAULT, the function: "
+                "tsgb.rules.ORDINARY}"
             )
 
     def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
@@ -251,8 +261,10 @@ class Backprop(TorchFunctionMode):
         else:
             return None
         begun = start(call, ruling.rule, ruling.function, kept.pack, self.folding)
-        x, written = call.args[0], call.inplace
-        if begun is None or (written is not None and (written is not x or written._is_view())):
+        if begun is None:
+            return None
+        x, written = begun.signals[0], call.inplace
+        if written is not None and (written is not x or written._is_view()):
             return None
         if met is None:
             self.coverage.unruled[call.name, rules.ORDINARY] += 1
@@ -261,7 +273,7 @@ class Backprop(TorchFunctionMode):
         self._release_below(ruling, x)
         inplace = written is not None
         waiting = kept.waits(x)
-        if not (inplace and begun.is_kinked):
+        if len(begun.signals) == 1 and not (inplace and begun.is_kinked):
             ruling.x = waiting or kept.pack(x)
         if isinstance(waiting, Waiting):
             run = partial(self.folding.fold, waiting, *call.args[1:], **call.kwargs)

@@ -163,7 +163,11 @@ class Handed(torch.autograd.Function):
             given = _above(ruling, grad, len(ctx.kinds))
         else:
             wants_gradient = ruling.handing.takes == GRADIENT
-            parts = [Gradient(grad.gradients())] if wants_gradient else _relevance(grad.parts, ruling.o)
+            parts = (
+                [Gradient(grad.gradients())]
+                if wants_gradient
+                else _relevance(grad.parts, ruling.o, ruling.handing.is_last)
+            )
             given = ruling.handing.hand(parts)
         if not _is_kept():
             ruling.handing.forget()
@@ -185,16 +189,24 @@ def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:
     """The gradients below the head, and below what is above it."""
     grads = grad.gradients()
     if count > 1:
-        return [[Gradient(grads)] for _ in range(count)]  # a sum
+        assert ruling.handing is not None
+        return [[Gradient(given)] for given in ruling.handing.split(grads)]
     if ruling.x is None:
         raise LostError("the input of the head was let go")
     x = ruling.x.tensor
     given = single(ruling.classes(grads, x, None, ruling.others))
-    is_relevance = ruling.f is not None and ruling.handing is not None and ruling.handing.below != GRADIENT
-    return [[Dense(given * single(x)) if is_relevance else Gradient(given)]]
+    handing = ruling.handing
+    if ruling.f is None or handing is None or handing.below == GRADIENT:
+        return [[Gradient(given)]]
+    return [[Dense(_channels_first(given * single(x), handing.is_last))]]
 
 
-def _relevance(parts: list[Part], o: Cell | None) -> list[Part]:
+def _channels_first(values: Tensor, is_last: bool) -> Tensor:
+    """Relevance (K, N, C, *) from that of a tensor whose channels may stand last."""
+    return values.movedim(-1, 2) if is_last else values
+
+
+def _relevance(parts: list[Part], o: Cell | None, is_last: bool) -> list[Part]:
     """Turn gradients into relevance."""
     if not any(isinstance(part, Gradient) for part in parts):
         return parts
@@ -203,7 +215,7 @@ def _relevance(parts: list[Part], o: Cell | None) -> list[Part]:
         if isinstance(part, Gradient):
             if o is None:
                 raise LostError("an output was let go for which gradients arrived")
-            found.append(Dense(part.values * single(o.tensor)))
+            found.append(Dense(_channels_first(part.values * single(o.tensor), is_last)))
         else:
             found.append(part)
     return found

@@ -303,6 +303,13 @@ def _added_to_product(call: Call) -> Call:
     return call
 
 
+def _ordered(call: Call) -> Call:
+    """``x.permute(0, 2, 1)`` with its dimensions as one argument."""
+    if len(call.args) > 1 and isinstance(call.args[1], int):
+        return replace(call, args=(call.args[0], call.args[1:]))
+    return call
+
+
 _SWAPS: dict[str, Callable[[Call], Call]] = {
     "add": _commuted,
     "mul": _commuted,
@@ -312,4 +319,5 @@ _SWAPS: dict[str, Callable[[Call], Call]] = {
     "matmul": _multiplied_by_weight,
     "mm": _multiplied_by_weight,
     "addmm": _added_to_product,
+    "permute": _ordered,
 }

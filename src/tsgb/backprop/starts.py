@@ -15,7 +15,8 @@ from .. import rules
 from ..tracing import is_traced, untraced
 from . import operators
 from .folding import Folding, Waiting
-from .handing import GRADIENT, Convolution, Handing, MaxPool, Mean, Passing, Sum, Takes
+from .handing import GRADIENT, AveragePool, Convolution, Handing, Masked, MaxPool, Mean, Passing, Takes
+from .joining import Concatenation, Sum
 from .operators import Call
 from .saved import Cell
 from .windows import Windows
@@ -23,6 +24,8 @@ from .windows import Windows
 __all__ = ["Start", "producer", "start"]
 
 Keep = Callable[[Tensor], Cell]
+
+_FEW = 2**14  # values of a constant factor that are looked at for zeros
 
 
 @dataclass(slots=True)
@@ -57,16 +60,12 @@ def start(call: Call, rule: Any, function: Callable[..., Tensor], keep: Keep, fo
     if form in (rules.conv, rules.conv_lumped):
         conv = _Conv(function, form is rules.conv_lumped, keep, folding)
         return _convolution(conv, call.args[0], *call.args[1:], **call.kwargs)
+    if form is rules.linear:
+        return _linear(keep, call.args[0], *call.args[1:], **call.kwargs)
     if form in (rules.activation, rules.shift, rules.gate):
         return _passing(call, form, function)
-    if rule == rules.ORDINARY and call.name == "add":
-        return _sum(call, keep)
-    if rule == rules.ORDINARY and call.name == "max_pool2d":
-        return _max_pool(call.args[0], *call.args[1:], **call.kwargs)
-    if rule == rules.ORDINARY and call.name == "mean":
-        return _mean(call.args[0], keep, *call.args[1:], **call.kwargs)
-    if rule == rules.ORDINARY and call.name == "adaptive_avg_pool2d":
-        return _pool(call.args[0], keep, *call.args[1:], **call.kwargs)
+    if rule == rules.ORDINARY and call.name in _ORDINARY:
+        return _ORDINARY[call.name](call, keep)
     return None
 
 
@@ -76,9 +75,10 @@ def producer(x: Tensor) -> Handing | None:
     return None if ruling is None else ruling.handing
 
 
-def _taken(x: Tensor) -> Takes:
+def _taken(x: Tensor, is_last: bool = False) -> Takes:
+    """What the producer takes of one that has the channels where it has them."""
     handing = producer(x)
-    return GRADIENT if handing is None else handing.takes
+    return GRADIENT if handing is None or handing.is_last != is_last else handing.takes
 
 
 def _is_positive(x: Tensor) -> bool:
@@ -137,6 +137,19 @@ def _as_contiguous(function: Callable[..., Tensor], x: Tensor, weight: Tensor, b
     return function(x.contiguous(), weight, bias).contiguous(memory_format=torch.channels_last)
 
 
+def _linear(keep: Keep, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Start | None:
+    """A linear layer on positions, which is a convolution of 1 x 1."""
+    handing = producer(x)
+    if x.dim() < 3 or x.shape[1:-1].numel() == 1 or (handing is not None and not handing.is_last):
+        return None
+    windows, below, is_positive = Windows.of((1,) * (x.dim() - 2), 1, 0, 1), _taken(x, is_last=True), _is_positive(x)
+    with untraced():
+        may_be_zero = bias is None and int(weight.count_nonzero()) < weight.numel()
+    if may_be_zero:
+        return None
+    return Start((x,), lambda _: Convolution(x, None, windows, 1, below, is_positive, keep, is_last=True))
+
+
 def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | None:
     x = call.args[0]
     before = producer(x)
@@ -148,13 +161,52 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
         if not _is_zero_at_zero(function, x, call):
             return None
         spared = before.o if isinstance(before, Sum) and function is rules.RELUS[0] else None
-        passing = Passing(before.takes, is_positive, has_zeros=True)
+        passing = Passing(before.takes, is_positive, True, before.is_last)
         return Start((x,), lambda _: passing, is_kinked=function in rules.KINKED, spared=spared)
-    if form is rules.shift and before.has_zeros:
-        return None  # a shift turns zeros into numbers, whose relevance has nowhere to go
     if call.name != "batch_norm" and any(_widens(x, other) for other in call.args[1:2]):
         return None
-    return Start((x,), lambda _: Passing(before.takes, is_positive=False, has_zeros=form is rules.gate))
+    if form is rules.shift and before.has_zeros:
+        masked = Masked(x, before.takes, before.is_last)  # before an in-place call writes on x
+        return Start((x,), lambda _: masked)
+    return Start((x,), lambda _: Passing(before.takes, False, form is rules.gate, before.is_last))
+
+
+def _scaled(call: Call, keep: Keep) -> Start | None:
+    """A constant factor, as layer scale: what it makes of a value and of its gradient leaves their product."""
+    if len(call.args) != 2 or call.kwargs or not isinstance(call.args[0], Tensor):
+        return None
+    x, factor = call.args
+    before = producer(x)
+    if (
+        before is None
+        or before.takes == GRADIENT
+        or any(t.requires_grad for t in operators.tensors(factor))
+        or _widens(x, factor)
+    ):
+        return None
+    if isinstance(factor, Tensor):
+        if factor.numel() > _FEW:
+            return None
+        with untraced():
+            may_be_zero = int(factor.count_nonzero()) < factor.numel()
+    elif isinstance(factor, (int, float)):
+        may_be_zero = factor == 0
+    else:
+        return None
+    return Start((x,), lambda _: Passing(before.takes, False, before.has_zeros or may_be_zero, before.is_last))
+
+
+def _moved(call: Call, keep: Keep) -> Start | None:
+    """Channels moved to the end, or back from there."""
+    x = call.args[0]
+    before = producer(x)
+    if before is None or before.takes == GRADIENT or call.kwargs:
+        return None
+    places = [d % x.dim() for d in call.args[1]]
+    moved = [0, *range(2, x.dim()), 1] if not before.is_last else [0, x.dim() - 1, *range(1, x.dim() - 1)]
+    if x.dim() < 4 or places != moved:
+        return None
+    return Start((x,), lambda _: Passing(before.takes, before.is_positive, before.has_zeros, not before.is_last))
 
 
 def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> bool:
@@ -186,9 +238,31 @@ def _sum(call: Call, keep: Keep) -> Start | None:
     before = producer(a), producer(b)
     if before[0] is None or before[1] is None or a.shape != b.shape or a.dtype != b.dtype:
         return None
+    is_last = before[0].is_last
+    if before[1].is_last != is_last:
+        return None
     below = before[0].takes, before[1].takes
     has_zeros = before[0].has_zeros and before[1].has_zeros
-    return Start((a, b), lambda o: Sum(b, o, below, has_zeros, keep))
+    return Start((a, b), lambda o: Sum(b, o, below, has_zeros, keep, is_last))
+
+
+def _concatenation(call: Call, keep: Keep) -> Start | None:
+    tensors, dim = call.args[0], call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)
+    if not isinstance(tensors, (list, tuple)) or set(call.kwargs) - {"dim"} or not isinstance(dim, int):
+        return None
+    if any(not t.requires_grad or t.dim() < 3 or dim % t.dim() != 1 for t in tensors):
+        return None
+    found = [producer(t) for t in tensors]
+    before = [handing for handing in found if handing is not None and handing.takes != GRADIENT]
+    if len(before) < len(tensors) or any(handing.is_last for handing in before):
+        return None
+    joined = Concatenation(
+        [t.shape[1] for t in tensors],
+        [handing.takes for handing in before],
+        all(handing.is_positive for handing in before),
+        any(handing.has_zeros for handing in before),
+    )
+    return Start(tuple(tensors), lambda _: joined)
 
 
 def _mean(x: Tensor, keep: Keep, dim: Any = None, keepdim: bool = False, **options: Any) -> Start | None:
@@ -216,9 +290,10 @@ def _max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Start | None:
-    if x.dim() != 4 or return_indices or producer(x) is None:
+    before = producer(x)
+    if x.dim() != 4 or return_indices or before is None or before.is_last:
         return None
-    below, is_positive = _taken(x), _is_positive(x)
+    below, is_positive = before.takes, before.is_positive
     steps = stride if stride is not None and stride != [] else kernel_size
     pairs = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, steps, padding, dilation)]
     places: list[Tensor] = []
@@ -230,3 +305,35 @@ def _max_pool(
         return o
 
     return Start((x,), lambda _: MaxPool(x, places[0], (*pairs, ceil_mode), below, is_positive), run)
+
+
+def _average_pool(
+    x: Tensor,
+    keep: Keep,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Start | None:
+    if x.dim() != 4 or _taken(x) == GRADIENT:
+        return None
+    steps = kernel_size if stride is None or stride == [] else stride
+    pairs = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, steps, padding)]
+    arguments = (*pairs, ceil_mode, count_include_pad, divisor_override)
+    below = _taken(x)
+    return Start((x,), lambda o: AveragePool(x, o, arguments, below, keep))
+
+
+_ORDINARY: dict[str, Callable[[Call, Keep], Start | None]] = {
+    "add": _sum,
+    "cat": _concatenation,
+    "mul": _scaled,
+    "div": _scaled,
+    "permute": _moved,
+    "max_pool2d": lambda call, keep: _max_pool(call.args[0], *call.args[1:], **call.kwargs),
+    "avg_pool2d": lambda call, keep: _average_pool(call.args[0], keep, *call.args[1:], **call.kwargs),
+    "mean": lambda call, keep: _mean(call.args[0], keep, *call.args[1:], **call.kwargs),
+    "adaptive_avg_pool2d": lambda call, keep: _pool(call.args[0], keep, *call.args[1:], **call.kwargs),
+}
