@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import tsgb
 from test_handing import relative
+from tsgb import vision
 
 
 class Net(nn.Module):
@@ -151,6 +152,40 @@ def test_statically_quantised_is_refused(x):
 
 def test_outputs_of_transformers(same):
     same(LikeTransformers())
+
+
+def test_lightning_in_its_own_loops(x, tmp_path):
+    vision.import_torchvision()  # which torchmetrics imports, and lightning that
+    import pytorch_lightning as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.found = Net(), []
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch):
+            return functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch):
+            self.found.append(tsgb.explain(self, batch[0], batch[1]).maps)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module, targets = Module(), torch.tensor([1, 2])
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, targets), batch_size=2)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, batches, batches)
+    expected = tsgb.explain(module.net.eval(), x, targets).maps
+    assert relative(tsgb.explain(module.eval(), x, targets).maps, expected) < 1e-6
+    trainer.validate(module, batches, verbose=False)
+    assert relative(module.found[-1], expected) < 1e-5
+    assert len(module.found) > 3
+    assert relative(module.found[0], expected) > 1e-3  # before training
 
 
 def test_a_functional_call(same):
