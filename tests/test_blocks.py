@@ -312,3 +312,77 @@ class Pooled(nn.Module):
 
     def forward(self, x):
         return self.head(x.mean((2, 3)))
+
+
+def written(u, gate):
+    u *= gate
+    return u
+
+
+PRODUCTS = {
+    "split": lambda x: (lambda u, g: u * functional.silu(g))(*x.chunk(2, 1)),
+    "split, gate first": lambda x: (lambda u, g: functional.silu(g) * u)(*x.chunk(2, 1)),
+    "cloned": lambda x: (lambda u, g: u.clone() * functional.silu(g))(*x.chunk(2, 1)),
+    "sliced": lambda x: x[:, :2] * functional.silu(x[:, 2:]),
+    "in place": lambda x: (lambda u, g: written(u, functional.silu(g)))(*x.chunk(2, 1)),
+    "in place on a clone": lambda x: (lambda u, g: written(u.clone(), functional.silu(g)))(*x.chunk(2, 1)),
+}
+
+
+@pytest.mark.parametrize("how", PRODUCTS)
+def test_a_gated_linear_unit_has_one_map_however_it_is_written(how):
+    torch.manual_seed(0)
+    stem, head, x = nn.Conv2d(3, 4, 3).double(), nn.Linear(2, 3).double(), torch.rand(2, 3, 7, 7, dtype=torch.float64)
+
+    def model(x, product=PRODUCTS[how]):
+        return head(product(stem(x)).mean((2, 3)))
+
+    def literal(x):
+        o = stem(x)
+        return head((o[:, :2] * functional.silu(o[:, 2:]).detach()).mean((2, 3)))
+
+    expected = tsgb.explain(literal, x, [[0, 1], [2, 0]])
+    found = tsgb.explain(model, x, [[0, 1], [2, 0]])
+    assert expected.maps.any()
+    assert torch.allclose(found.maps, expected.maps, rtol=1e-9, atol=1e-12)
+
+
+VECTORS = {
+    "gate": lambda p, layer: p * torch.sigmoid(layer(p)),
+    "length": lambda p, layer: p / p.norm(dim=1, keepdim=True),
+    "sum": lambda p, layer: p / (p.sum(1, keepdim=True) + 1),
+    "softsign": lambda p, layer: p / (p + 1),
+    "centred": lambda p, layer: (p - p.mean(1, keepdim=True)) / (p.var(1, keepdim=True) + 1e-5).sqrt(),
+    "norm": lambda p, layer: functional.layer_norm(p, (4,)),
+}
+
+
+@pytest.mark.parametrize("how", VECTORS)
+def test_products_of_vectors_are_those_of_each_image_and_class(how):
+    torch.manual_seed(0)
+    stem, layer, head = nn.Conv2d(3, 4, 3).double(), nn.Linear(4, 4).double(), nn.Linear(4, 5).double()
+    x = torch.rand(3, 3, 7, 7, dtype=torch.float64)
+
+    def model(x, product=VECTORS[how]):
+        return head(product(torch.relu(stem(x)).mean((2, 3)), layer))
+
+    classes = [[0, 3], [1, 2], [4, 0]]
+    together = tsgb.explain(model, x, classes)
+    assert together.maps.flatten(2).any(2).sum() > 3
+    for n in range(3):
+        for k in range(2):
+            alone = tsgb.explain(model, x[n : n + 1], classes[n][k])
+            assert torch.allclose(alone.maps[0, 0], together.maps[n, k], rtol=1e-9, atol=1e-12)
+
+
+def test_what_an_operator_with_an_entry_is_made_of_needs_none():
+    stem, scores, head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 1), nn.Linear(4, 3)
+
+    def model(x):
+        x = torch.relu(stem(x))
+        return head(torch.einsum("ncp,nop->nc", x.flatten(2), scores(x).flatten(2).softmax(2)))
+
+    with pytest.raises(tsgb.CoverageError, match="as attention does"):
+        tsgb.explain(model, torch.rand(2, 3, 7, 7), 1)
+    table = {**rules.DEFAULT, torch.einsum: rules.ORDINARY}
+    assert tsgb.explain(model, torch.rand(2, 3, 7, 7), 1, rules=table, strict=True).maps.any()

@@ -277,11 +277,25 @@ class Strided(nn.Module):
             a, b = x.chunk(2, 1)
             a.mul_(2)
             return self.head(torch.cat([b, a], 1).flatten(1))
+        if self.how == "written moved":
+            moved = x.permute(0, 2, 3, 1)
+            moved[..., 1:] *= 3
+            return self.head(x.flatten(1))
+        if self.how == "written moved twice":
+            last = x.permute(0, 2, 3, 1)
+            last.mul_(torch.tensor([1.0, 2.0, 3.0, 4.0])).add_(0.5)
+            return self.head(last.permute(0, 3, 1, 2).flatten(1))
+        if self.how == "scaled in place":
+            x.mul_(torch.tensor([1.0, 0.0, 3.0, 4.0])[:, None, None]).add_(0.5)
+            return self.head(x.flatten(1))
         windows = torch.as_strided(x, (len(x), 4, 64), (256, 64, 1))
         return self.head(windows.flatten(1))
 
 
-@pytest.mark.parametrize("how", ["view", "written view", "chunks", "as_strided"])
+HOWS = ["view", "written view", "written moved", "written moved twice", "scaled in place", "chunks", "as_strided"]
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_how_the_model_lays_its_tensors_out_does_not_matter(how):
     model, x = Strided(how).eval(), torch.rand(2, 3, 10, 10)
     assert_handed(model, x, [[0, 1], [2, 0]], tolerance=1e-5)

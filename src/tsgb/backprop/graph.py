@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "gate",
     "has_weights",
     "is_centre",
+    "is_known",
     "is_linear",
     "is_settled",
     "is_unseen",
@@ -70,6 +71,11 @@ def is_settled(node: Node) -> bool:
     return ruling is not None and (ruling.is_below or ruling.head_rule is not None)
 
 
+def is_known(node: Node) -> bool:
+    """Tell whether an operator met a rule or was noted."""
+    return hasattr(node, "ruling") or _NAME in notes(node)
+
+
 def is_linear(node: Node | None) -> bool:
     """Tell whether an operator is a linear layer with a rule."""
     ruling = ruling_of(node)
@@ -78,7 +84,7 @@ def is_linear(node: Node | None) -> bool:
 
 def is_unseen(node: Node) -> bool:
     """Tell whether a node came about behind the mechanism's back, and carries weights or bends."""
-    if hasattr(node, "ruling") or _NAME in notes(node):
+    if is_known(node):
         return False
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         return not node.name().startswith("BackwardHookFunction")  # torch's own, an identity around hooked modules
@@ -100,25 +106,34 @@ def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) 
                     ahead.append(edge)
 
 
-def gate(a: Tensor, b: Tensor) -> Tensor | None:
+def gate(a: Tensor, b: Tensor, bending: Collection[str]) -> Tensor | None:
     """Tell which of two factors is the gate of the other, None for a product of equals.
 
-    A gate is the factor that is broadcast over the other, that was computed from the other, or that left a gating
-    operator.
+    A gate is the factor that left a gating operator, that is broadcast over the other, that was computed from the
+    other, or, as in gated linear units, that left an activation, one of ``bending``, where the other did not.
     """
-    if a.grad_fn is not None and b.grad_fn is not None:
-        opened = [bool(notes(node).get(_IS_GATE)) for node in (a.grad_fn, b.grad_fn)]
-        if opened[0] != opened[1]:
-            return a if opened[0] else b
+    if a.grad_fn is None or b.grad_fn is None:
+        return None
+    opened = [bool(notes(node).get(_IS_GATE)) for node in (a.grad_fn, b.grad_fn)]
+    if opened[0] != opened[1]:
+        return a if opened[0] else b
     sizes = [torch.Size(n for n, step in zip(t.shape, t.stride(), strict=True) if step != 0).numel() for t in (a, b)]
     if sizes[0] != sizes[1]:
         return a if sizes[0] < sizes[1] else b
-    if a.grad_fn is not None and b.grad_fn is not None:
-        if any(node is a.grad_fn for node in walk(b.grad_fn, stop=lambda node: node is a.grad_fn)):
-            return b
-        if any(node is b.grad_fn for node in walk(a.grad_fn, stop=lambda node: node is b.grad_fn)):
-            return a
-    return None
+    if _comes_from(b, a):
+        return b
+    if _comes_from(a, b):
+        return a
+    bent = [name(node) in bending for node in (a.grad_fn, b.grad_fn)]
+    return None if bent[0] == bent[1] else a if bent[0] else b
+
+
+def _comes_from(b: Tensor, a: Tensor) -> bool:
+    """Tell whether b is a, or was computed from it and not only from what was split off with it."""
+    if b.grad_fn is a.grad_fn:
+        return b.output_nr == a.output_nr
+    found = walk(b.grad_fn, stop=lambda node: node is a.grad_fn)
+    return any(edge is a.grad_fn and place == a.output_nr for node in found for edge, place in node.next_functions)
 
 
 def is_centre(a: Tensor, b: Tensor) -> bool:
@@ -128,4 +143,4 @@ def is_centre(a: Tensor, b: Tensor) -> bool:
     """
     if a.dim() != b.dim() or b.numel() >= a.numel() or b.grad_fn is None:
         return False
-    return any(node is a.grad_fn for node in walk(b.grad_fn, stop=lambda node: node is a.grad_fn))
+    return _comes_from(b, a)

@@ -79,6 +79,9 @@ class Backprop(TorchFunctionMode):
             for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
         )
         self._openers = {operators.name(function) for function in rules.GATES}
+        self._bending = {
+            key for key, (_, rule) in self._rules.items() if getattr(rule, "func", rule) is rules.activation
+        }
         self._f = table[rules.F] if f is None else f
         self.coverage = Coverage()
         self.has_shifts = False  # whether a constant was added to what comes from the image
@@ -232,7 +235,7 @@ class Backprop(TorchFunctionMode):
         if len(signals) == 2 == len(call.args) and not self.in_target:
             held, table = None, self._products
             if call.name in self._products:
-                held = graph.gate(*signals) if call.name != "div" else signals[1]
+                held = graph.gate(signals[0], signals[1], self._bending) if call.name != "div" else signals[1]
             elif call.name == "sub" and "sub" in self._constant and graph.is_centre(*signals):
                 held, table, self.has_shifts = signals[1], self._constant, True
             if held is not None:
@@ -306,9 +309,17 @@ class Backprop(TorchFunctionMode):
 
     def _note(self, call: Call, output: Any) -> Any:
         """Remember an operator that met no rule, on the nodes of what it returned and in the coverage."""
-        nodes = [t.grad_fn for t in operators.tensors(output) if t.requires_grad and t.grad_fn is not None]
+        made = [t.grad_fn for t in operators.tensors(output) if t.requires_grad and t.grad_fn is not None]
         known = call.name in self._rules
-        if nodes or call.inplace is not None:
+        nodes: dict[Any, None] = {}
+        if call.inplace is None:  # it may be made of others, of which no torch function tells
+            before = {t.grad_fn for t in operators.tensors((call.args, call.kwargs))}
+            within = (
+                node for root in made for node in graph.walk(root, stop=lambda n: n in before or graph.is_known(n))
+            )
+            nodes = dict.fromkeys(node for node in within if node not in before and not graph.is_known(node))
+        nodes.update(dict.fromkeys(made))
+        if made or call.inplace is not None:
             self.coverage.unruled[call.name, rules.ORDINARY if known else None] += 1
         is_weighted = not known and any(
             not t.requires_grad and t.is_floating_point() and t.dim() > 0

@@ -81,7 +81,8 @@ class Ruling:
         """Apply `backward` to the gradients of several classes (K, *out)."""
         if self.f is not None:
             self._note_arrivals(grads, x)
-        if x.dim() == 2 and len(x) == len(grads[0]) and o is None:  # rows, of which none knows of another
+        is_weighted = self.head_rule is not None  # what else is in the call are weights, not another's rows
+        if is_weighted and x.dim() == 2 and len(x) == len(grads[0]) and o is None:
             rows = self.backward(grads.flatten(0, 1), x.repeat(len(grads), 1), None, others)
             return rows.reshape(len(grads), len(x), -1)
         return torch.stack([self.backward(grad, x, o, others) for grad in grads])

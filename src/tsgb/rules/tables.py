@@ -38,6 +38,18 @@ from .formulas import (
 
 Table = dict[Any, Any]
 
+
+class _Named(Table):
+    """A table that signatures and messages name, as its entries fill pages."""
+
+    def __init__(self, name: str, entries: Table) -> None:
+        super().__init__(entries)
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"tsgb.rules.{self._name}"
+
+
 ORDINARY = "ordinary"
 HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
 
@@ -148,31 +160,37 @@ _EXTENSIONS: Table = {
 }
 
 #: The method as the authors run it.
-PAPER: Table = {
-    **_KEPT,
-    **_EXTENSIONS,
-    **dict.fromkeys(_ACTIVATIONS, ORDINARY),
-    **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus, functional.softmax), ORDINARY),
-    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
-    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
-    functional.batch_norm: batch_norm,
-    functional.linear: linear,
-    HEAD: _head_table("weights"),
-    F: 1.0,
-}
+PAPER: Table = _Named(
+    "PAPER",
+    {
+        **_KEPT,
+        **_EXTENSIONS,
+        **dict.fromkeys(_ACTIVATIONS, ORDINARY),
+        **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus, functional.softmax), ORDINARY),
+        **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
+        **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
+        functional.batch_norm: batch_norm,
+        functional.linear: linear,
+        HEAD: _head_table("weights"),
+        F: 1.0,
+    },
+)
 
 #: The method with our corrections: groups apart, contributions split, relevance passing activations, shifts and gates.
-DEFAULT: Table = {
-    **PAPER,
-    **{act: partial(activation, function=act) for act in _ACTIVATIONS},
-    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
-    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
-    functional.batch_norm: partial(shift, function=functional.batch_norm),
-    CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
-    GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
-    HEAD: _head_table("contributions"),
-    F: selectivity,
-}
+DEFAULT: Table = _Named(
+    "DEFAULT",
+    {
+        **PAPER,
+        **{act: partial(activation, function=act) for act in _ACTIVATIONS},
+        **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
+        **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
+        functional.batch_norm: partial(shift, function=functional.batch_norm),
+        CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
+        GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
+        HEAD: _head_table("contributions"),
+        F: selectivity,
+    },
+)
 
 
 def plain(table: Table) -> Table:
