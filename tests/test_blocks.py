@@ -386,3 +386,17 @@ def test_what_an_operator_with_an_entry_is_made_of_needs_none():
         tsgb.explain(model, torch.rand(2, 3, 7, 7), 1)
     table = {**rules.DEFAULT, torch.einsum: rules.ORDINARY}
     assert tsgb.explain(model, torch.rand(2, 3, 7, 7), 1, rules=table, strict=True).maps.any()
+
+
+def test_what_the_target_does_not_come_from_needs_no_rule():
+    torch.manual_seed(0)
+    stem, head, other = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Linear(4, 1)
+
+    def model(x):
+        x = torch.relu(stem(x))
+        return {"logits": head(x.mean((2, 3))), "waves": other(torch.sin(x).mean((2, 3)))}
+
+    x = torch.rand(2, 3, 7, 7)
+    assert tsgb.explain(model, x, 1, strict=True).maps.any()
+    with pytest.raises(tsgb.CoverageError, match="no rule for sin"):
+        tsgb.explain(model, x, lambda output: output["logits"][:, 1] + output["waves"][:, 0], strict=True)

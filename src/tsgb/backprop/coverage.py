@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ class Coverage:
         unruled: how often an operator was met by no rule: by its name and `rules.ORDINARY` where the table says that it
             keeps its own gradient, None where the table does not know it.
         unseen: how often nodes of a kind came about behind the mechanism's back.
+        noted: names of operators that the table does not know and that are noted on their nodes.
 
     Example:
         >>> coverage = Coverage()
@@ -36,6 +38,12 @@ class Coverage:
         self.met: list[Ruling] = []
         self.unruled: Counter[tuple[str, str | None]] = Counter()
         self.unseen: Counter[str] = Counter()
+        self.noted: set[str] = set()
+
+    def keep(self, reached: Collection[str]) -> None:
+        """Leave out operators that the table does not know and that the target does not come from."""
+        for name in self.noted - set(reached):
+            del self.unruled[name, None]
 
     def is_above(self, name: str) -> None:
         """Count an operator above the head, which needs no rule, as one that keeps its own gradient."""

@@ -37,7 +37,9 @@ class Heads:
     ) -> None:
         self.rulings: list[Ruling] = []
         self.above: list[str] = []
-        coverage.unseen = Counter(node.name() for node in graph.walk(target.grad_fn) if graph.is_unseen(node))
+        below = list(graph.walk(target.grad_fn))
+        coverage.unseen = Counter(node.name() for node in below if graph.is_unseen(node))
+        coverage.keep({graph.name(node) for node in below})
         nodes = []
         for node in graph.walk(target.grad_fn, stop=graph.has_weights):
             if graph.is_unseen(node):
@@ -64,8 +66,8 @@ class Heads:
                 "no head was found: between the image and the target there is no linear layer and no convolution"
                 f" that the rules know (seen: {', '.join(sorted({name for name, _ in coverage.unruled})) or 'nothing'})"
             )
-        below = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
-        first = [ruling for edge in below for ruling in _first(edge)]
+        edges = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
+        first = [ruling for edge in edges for ruling in _first(edge)]
         self.f = f(any(ruling.on_vector for ruling in first)) if callable(f) else float(f)
         for ruling in coverage.met:
             ruling.f = None

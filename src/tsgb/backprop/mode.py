@@ -321,6 +321,8 @@ class Backprop(TorchFunctionMode):
         nodes.update(dict.fromkeys(made))
         if made or call.inplace is not None:
             self.coverage.unruled[call.name, rules.ORDINARY if known else None] += 1
+        if made and not known:
+            self.coverage.noted.add(call.name)
         is_weighted = not known and any(
             not t.requires_grad and t.is_floating_point() and t.dim() > 0
             for t in operators.tensors((call.args, call.kwargs))
