@@ -3,8 +3,8 @@
 `mode` sees the model's calls and puts `nodes` into autograd's graph. They run rules in their plain form (`tsgb.rules`),
 gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing`, `joining` and `windows` how.
 `folding` runs convolution and batch norm as one. `heads` finds in autograd's `graph` where the target comes from,
-`coverage` counts what met a rule. `operators` reads how torch spells its operators, `saved` keeps what backward needs
-from in-place calls.
+`coverage` counts what met a rule, `scope` says what is refused. `operators` reads how torch spells its operators,
+`saved` keeps what backward needs from in-place calls.
 """
 
 from .coverage import CoverageError

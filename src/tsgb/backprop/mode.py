@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .. import rules
-from . import graph, operators
-from .coverage import Coverage, CoverageError
+from . import graph, operators, scope
+from .coverage import Coverage
 from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
 from .heads import Heads
@@ -37,12 +37,6 @@ _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "s
 
 __all__ = ["Backprop", "recording"]
 
-# What mixes positions by what they hold, and by how many signals: of two a product is attention.
-_MIXING = {
-    **dict.fromkeys(("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"), 2),
-    "multi_head_attention_forward": 2,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), 1),
-}
 _FINE = 8  # convolutions that autocast does not run in half precision
 
 
@@ -179,8 +173,7 @@ class Backprop(TorchFunctionMode):
                 args = (args[0].contiguous(), *args[1:])
                 self._kept.torn[args[0].untyped_storage()._cdata] = args[0].detach()
         if met is None:
-            _refuse_quantised(call)
-            self._refuse_mixing(call)
+            scope.refuse(call, self._rules)
             with self._kept.watching():
                 output = operators.plain(func, args, kwargs)
             if not self._is_handing:
@@ -197,27 +190,6 @@ class Backprop(TorchFunctionMode):
         with self._kept.watching():
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
             return o if call.inplace is None else call.inplace.copy_(o)
-
-    def _refuse_mixing(self, call: Call) -> None:
-        """Refuse attention and recurrent layers, for which the table has no entry.
-
-        Raises:
-            CoverageError: says what the model does, and what can be done.
-        """
-        least = _MIXING.get(call.name)
-        if least is None or call.name in self._rules:
-            return
-        if sum(t.requires_grad for t in operators.tensors((call.args, call.kwargs))) >= least:
-            does, what = (
-                (f"multiplies two tensors that both come from the image (`{call.name}`), as attention does", "vision")
-                if least > 1
-                else (f"runs a recurrent layer (`{call.name}`)", "recurrent networks and vision")
-            )
-            raise CoverageError(
-                f"the model {does}: TSGB explains convolutional networks, and {what} transformers are out of its "
-                "scope. To go on all the same, give it a rule: rules={**tsgb.rules.DEFAULT, the function: "
-                "tsgb.rules.ORDINARY}"
-            )
 
     def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
         """Find the rule that a call meets, if any: by its role among its operands, else by its name.
@@ -411,19 +383,6 @@ def _separate(args: tuple[Any, ...], outputs: Any) -> Any:
 
 def _held(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _refuse_quantised(call: Call) -> None:
-    """Refuse an operator whose weights are packed, through which no gradient flows.
-
-    Raises:
-        CoverageError: says what to explain in its place.
-    """
-    if any(isinstance(value, torch.ScriptObject) for value in (*call.args, *call.kwargs.values())):
-        raise CoverageError(
-            f"the model is quantised (`{call.name}`), and no gradient flows through packed weights: explain the float "
-            "model that it was made of"
-        )
 
 
 def _is_viewable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

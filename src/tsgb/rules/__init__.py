@@ -25,14 +25,12 @@ from .formulas import (
     avg_pool,
     batch_norm,
     conv,
-    conv_head,
     conv_lumped,
     gate,
     linear,
-    linear_head,
-    selectivity,
     shift,
 )
+from .heads import conv_head, linear_head, selectivity
 from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table, plain
 
 __all__ = [

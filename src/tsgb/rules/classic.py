@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .formulas import _linearised
+from .formulas import linearised
 from .tables import DEFAULT, HEAD, ORDINARY, PAPER, RECTIFIERS, F, Table
 
 __all__ = [
@@ -86,7 +86,7 @@ def gradient(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor
         >>> gradient(torch.ones(1), torch.tensor([3.0]), function=torch.square)
         tensor([6.])
     """
-    return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
+    return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
 
 
 def gradient_head(
@@ -221,10 +221,10 @@ def _excited(
     function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``Z = sum max(w x, 0)``, and the transpose that hands shares back along the weights that excite."""
-    z, pull = _linearised(lambda s: function(s, weight.clamp(min=0)), x.clamp(min=0))
+    z, pull = linearised(lambda s: function(s, weight.clamp(min=0)), x.clamp(min=0))
     if not (x < 0).any():
         return z, pull
-    z_below, pull_below = _linearised(lambda s: function(s, weight.clamp(max=0)), x.clamp(max=0))
+    z_below, pull_below = linearised(lambda s: function(s, weight.clamp(max=0)), x.clamp(max=0))
     return z + z_below, lambda share: torch.where(x < 0, pull_below(share), pull(share))
 
 

@@ -17,16 +17,15 @@ elementwise; a rule *passes* relevance unchanged where ``x * grad_x = o * grad``
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..tracing import holds, is_traced, untraced
+from ..tracing import holds, untraced
 
 EPS = 1e-10  # the authors' guard of n and of the input of batch norm
-Split = Literal["contributions", "weights"]
 
 
 def conv(
@@ -73,7 +72,7 @@ def conv(
         True
     """
     if _is_vector(x, weight):
-        return _linearised(lambda s: _output(weight, s, bias, stride, padding, dilation, groups), x)[1](grad)
+        return linearised(lambda s: _output(weight, s, bias, stride, padding, dilation, groups), x)[1](grad)
     o = _output(weight, x, bias, stride, padding, dilation, groups) if o is None else o
     return _share(grad * o, x, weight, (stride, padding, dilation), fields=groups)
 
@@ -159,7 +158,7 @@ def avg_pool(grad: Tensor, x: Tensor, kernel_size: Any, *args: Any, **kwargs: An
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[x.dim() - 3]
-    o, transpose = _linearised(lambda s: pool(s, kernel_size, *args, **kwargs), x)
+    o, transpose = linearised(lambda s: pool(s, kernel_size, *args, **kwargs), x)
     if o.shape[2:].numel() == 1:
         return transpose(grad)
     return _over(transpose(grad * o), x + EPS)
@@ -191,100 +190,6 @@ def linear(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return x.sign() * (c / (x.abs().sum(-1, keepdim=True) + EPS))
 
 
-def linear_head(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    f: float,
-    split: Split = "contributions",
-    most: int | None = None,
-) -> Tensor:
-    """TSGB-FC: weigh the evidence against the target so that it balances the fraction f of the evidence for it.
-
-    With ``W+ = max(W, 0)``, ``W- = min(W, 0)``, and the bias left out::
-
-        z+ = W+ x        z- = W- x        beta = f * z+ / |z-|        (beta = 0 where z- = 0)
-        grad_x = W+^T grad + W-^T (beta * grad)
-
-    That is ``split="weights"``, the authors' form. ``split="contributions"`` is right for features of any sign::
-
-        z+ = sum max(w x, 0)        z- = sum min(w x, 0)
-
-    with each weight's gradient scaled by the side its contribution is on; for x >= 0 the two agree. Where ``x`` has
-    positions, (N, ..., C), z+ and z- are summed over them as in `conv_head`.
-
-    Args:
-        grad: (N, ..., O), arriving at the logits.
-        x: (N, ..., C), the features.
-        weight: (O, C). ``bias``: (O,) or None, not read.
-        f: the fraction, usually 0..1. 0 leaves the evidence for, 1 balances both sides exactly.
-        split: "contributions" or "weights".
-        most: how many classes have a gradient at most, where that is known without a look at them.
-
-    Returns:
-        (N, ..., C). For x >= 0 and one target the relevance below the head sums to (1 - f) z+ of the target.
-
-    Example:
-        >>> x, weight, grad = torch.rand(1, 5), torch.randn(3, 5), torch.tensor([[0.0, 1.0, 0.0]])
-        >>> abs((x * linear_head(grad, x, weight, f=1.0)).sum().item()) < 1e-5
-        True
-    """
-    grad, weight = _asked(grad, weight, -1, most)
-    positions = tuple(range(1, x.dim() - 1))
-    return _head(functional.linear, grad, x, weight, f, split, positions)
-
-
-def conv_head(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    f: float,
-    split: Split = "contributions",
-    most: int | None = None,
-) -> Tensor:
-    """TSGB-FC where the head is a convolution before pooling: one beta per image and class, over all positions.
-
-    ::
-
-        z+-_k = sum over positions p of grad_k(p) z+-_k(p)        beta_k = f * z+_k / |z-_k|
-        grad_x = conv^T(grad, W+) + conv^T(beta * grad, W-)
-
-    which is `linear_head` under global pooling. Where the arriving gradients of a class sum to less than zero (the
-    class that is subtracted in a difference of logits), z+ and z- are taken of their negative, as beta weighs evidence,
-    not its sign.
-
-    Args:
-        grad: (N, O, *out), arriving at the output. ``x``: (N, C, *in). ``weight``: (O, C / groups, *k).
-        bias: (O,) or None, not read. The rest as in ``torch.nn.functional.conv2d``.
-        f: the fraction, usually 0..1. ``split``, ``most``: see `linear_head`.
-
-    Returns:
-        (N, C, *in).
-
-    Example:
-        >>> x, weight = torch.rand(1, 5, 4, 4), torch.randn(3, 5, 1, 1)
-        >>> grad = torch.zeros(1, 3, 4, 4)
-        >>> grad[:, 1] = 1 / 16
-        >>> pooled = linear_head(grad.sum((2, 3)), x.mean((2, 3)), weight[:, :, 0, 0], f=0.75)
-        >>> torch.allclose(conv_head(grad, x, weight, f=0.75), pooled[:, :, None, None] / 16, atol=1e-5)
-        True
-    """
-    if groups == 1:
-        grad, weight = _asked(grad, weight, 1 - x.dim(), most)
-    function = _convolution(weight)
-    args = (None, stride, padding, dilation, groups)
-    positions = tuple(range(2, x.dim()))
-    return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, positions)
-
-
 def activation(
     grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], o: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
@@ -309,11 +214,11 @@ def activation(
     with untraced():
         is_moving = bool(function(torch.zeros_like(x), *args, **kwargs).any())
     if is_moving:
-        return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
+        return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
     zero = x == 0
     slope = (function(x, *args, **kwargs) if o is None else o) / torch.where(zero, 1, x)
     if holds(zero):
-        at_zero = _linearised(lambda s: function(s, *args, **kwargs), torch.zeros_like(x))[1](torch.ones_like(x))
+        at_zero = linearised(lambda s: function(s, *args, **kwargs), torch.zeros_like(x))[1](torch.ones_like(x))
         slope = torch.where(zero, at_zero, slope)
     return grad * slope
 
@@ -356,21 +261,7 @@ def gate(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], *
         >>> gate(torch.ones(2), torch.tensor([5.0, 6.0]), torch.tensor([0.5, 0.1]), function=torch.mul)
         tensor([0.5000, 0.1000])
     """
-    return _linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
-
-
-def selectivity(hidden: bool) -> float:
-    """Choose f: 1 where a hidden layer lies below the head, else 0.75.
-
-    A hidden layer is one with weights, on a vector or a 1 x 1 map, between the topmost spatial convolution and the
-    head. Without a hidden layer f = 1 takes the evidence that the classes share away, and with it the object's
-    extent.
-
-    Example:
-        >>> selectivity(hidden=True), selectivity(hidden=False)
-        (1.0, 0.75)
-    """
-    return 1.0 if hidden else 0.75
+    return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
 
 
 def _is_vector(x: Tensor, weight: Tensor) -> bool:
@@ -379,14 +270,14 @@ def _is_vector(x: Tensor, weight: Tensor) -> bool:
 
 
 def _output(weight: Tensor, x: Tensor, *args: Any) -> Tensor:
-    return _convolution(weight)(x, weight, *args)
+    return convolution(weight)(x, weight, *args)
 
 
 def _share(relevance: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any], fields: int) -> Tensor:
     """`conv` from the relevance of its output, with the channels summed in so many fields."""
     if x.dim() < weight.dim():
         return _share(relevance[None], x[None], weight, geometry, fields)[0]
-    function = _convolution(weight)
+    function = convolution(weight)
     return shared(relevance, x, weight, fields, lambda size, ones: function(size, ones, None, *geometry, fields))
 
 
@@ -405,7 +296,7 @@ def shared(
     """
     c, size = _summed(relevance, fields), _summed(x.abs(), fields)
     ones = weight.new_ones(fields, 1, *weight.shape[2:])
-    n, transpose = _linearised(lambda s: seen(s, ones), size)
+    n, transpose = linearised(lambda s: seen(s, ones), size)
     # A fast convolution may return a rounding error below zero where n is 0.
     field = transpose(c / (n.clamp(min=0) + EPS))
     return x.sign() * field.repeat_interleave(x.shape[1] // fields, 1)
@@ -416,59 +307,12 @@ def _summed(x: Tensor, fields: int) -> Tensor:
     return x.reshape(len(x), fields, -1, *x.shape[2:]).sum(2)
 
 
-def _asked(grad: Tensor, weight: Tensor, dim: int, most: int | None) -> tuple[Tensor, Tensor]:
-    """The gradients and weights of the classes for which gradients arrive; the others' weights play no part."""
-    by_class = grad.movedim(dim, 0).flatten(1)
-    if is_traced():
-        if most is None or most >= len(weight):
-            return grad, weight
-        used = by_class.abs().amax(1).topk(most).indices
-    else:
-        used = by_class.any(1).nonzero()[:, 0]
-    if len(used) == 0 or len(used) == len(weight):
-        return grad, weight
-    return grad.index_select(dim, used), weight[used]
-
-
-def _head(
-    function: Callable[[Tensor, Tensor], Tensor],
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    f: float,
-    split: Split,
-    positions: tuple[int, ...],
-) -> Tensor:
-    """TSGB-FC for any ``function(x, weight)`` that is linear in both."""
-    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
-    # Each part of x with the weights that speak for the class there, and those that speak against it.
-    parts = [(torch.ones_like(x), positive, negative)]
-    if split == "contributions" and holds(x < 0):
-        parts = [((x >= 0).to(x.dtype), positive, negative), ((x < 0).to(x.dtype), negative, positive)]
-    z_for, z_against = torch.zeros_like(grad), torch.zeros_like(grad)
-    pulls = []
-    for mask, supporting, opposing in parts:
-        o, pull_for = _linearised(lambda s, w=supporting: function(s, w), x * mask)
-        z_for = z_for + o
-        o, pull_against = _linearised(lambda s, w=opposing: function(s, w), x * mask)
-        z_against = z_against + o
-        pulls.append((mask, pull_for, pull_against))
-    if positions:
-        weighting = grad * torch.where(grad.sum(positions, keepdim=True) < 0, -1, 1)
-        z_for = (weighting * z_for).sum(positions, keepdim=True)
-        z_against = (weighting * z_against).sum(positions, keepdim=True)
-    beta = torch.where(z_against == 0, 0, f * z_for / torch.where(z_against == 0, 1, z_against).abs())
-    below = torch.zeros_like(x)
-    for mask, pull_for, pull_against in pulls:
-        below = below + mask * (pull_for(grad) + pull_against(beta * grad))
-    return below
-
-
-def _convolution(weight: Tensor) -> Callable[..., Tensor]:
+def convolution(weight: Tensor) -> Callable[..., Tensor]:
+    """Give torch's convolution of as many dimensions as a weight (O, C, *k) has."""
     return (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
 
 
-def _linearised(function: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def linearised(function: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``function(x)`` and the transpose of its derivative there, by autograd."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()

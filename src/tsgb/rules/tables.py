@@ -22,19 +22,16 @@ from torch.nn import functional
 
 from .extensions import conv_transposed
 from .formulas import (
-    Split,
     activation,
     avg_pool,
     batch_norm,
     conv,
-    conv_head,
     conv_lumped,
     gate,
     linear,
-    linear_head,
-    selectivity,
     shift,
 )
+from .heads import Split, conv_head, linear_head, selectivity
 
 Table = dict[Any, Any]
 
