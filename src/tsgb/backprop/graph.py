@@ -30,6 +30,8 @@ __all__ = [
 
 _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of nodes' metadata
 
+_SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
+
 
 def ruling_of(node: Node | None) -> Ruling | None:
     """Give the ruling of an operator that met a rule, else None."""
@@ -130,10 +132,19 @@ def gate(a: Tensor, b: Tensor, bending: Collection[str]) -> Tensor | None:
 
 def _comes_from(b: Tensor, a: Tensor) -> bool:
     """Tell whether b is a, or was computed from it and not only from what was split off with it."""
-    if b.grad_fn is a.grad_fn:
-        return b.output_nr == a.output_nr
-    found = walk(b.grad_fn, stop=lambda node: node is a.grad_fn)
-    return any(edge is a.grad_fn and place == a.output_nr for node in found for edge, place in node.next_functions)
+    origin, place = _origin(a)
+    if _origin(b)[0] is origin:
+        return _origin(b)[1] == place
+    found = walk(b.grad_fn, stop=lambda node: node is origin)
+    return any(edge is origin and nr == place for node in found for edge, nr in node.next_functions)
+
+
+def _origin(tensor: Tensor) -> tuple[Node | None, int]:
+    """Where a tensor's values were made, which copies and views of it only hand on."""
+    node, place = tensor.grad_fn, tensor.output_nr
+    while node is not None and name(node) in _SAME and len(node.next_functions) == 1:
+        node, place = node.next_functions[0]
+    return node, place
 
 
 def is_centre(a: Tensor, b: Tensor) -> bool:

@@ -73,9 +73,7 @@ class Backprop(TorchFunctionMode):
             for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
         )
         self._openers = {operators.name(function) for function in rules.GATES}
-        self._bending = {
-            key for key, (_, rule) in self._rules.items() if getattr(rule, "func", rule) is rules.activation
-        }
+        self._bending = {operators.name(function) for function in rules.ACTIVATIONS}
         self._f = table[rules.F] if f is None else f
         self.coverage = Coverage()
         self.has_shifts = False  # whether a constant was added to what comes from the image

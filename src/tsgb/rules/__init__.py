@@ -31,9 +31,10 @@ from .formulas import (
     shift,
 )
 from .heads import conv_head, linear_head, selectivity
-from .tables import CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table, plain
+from .tables import ACTIVATIONS, CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table, plain
 
 __all__ = [
+    "ACTIVATIONS",
     "CONSTANT",
     "CONTRASTIVE",
     "DECONVNET",

@@ -82,7 +82,8 @@ RELUS = (functional.relu, functional.relu6)
 #: Activations whose derivative at their input is that at their output.
 KINKED = (*RELUS, functional.hardtanh, functional.leaky_relu)
 
-_ACTIVATIONS = (
+#: Elementwise functions that bend.
+ACTIVATIONS = (
     *RECTIFIERS,
     functional.softsign,
     functional.hardshrink,
@@ -162,7 +163,7 @@ PAPER: Table = _Named(
     {
         **_KEPT,
         **_EXTENSIONS,
-        **dict.fromkeys(_ACTIVATIONS, ORDINARY),
+        **dict.fromkeys(ACTIVATIONS, ORDINARY),
         **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus, functional.softmax), ORDINARY),
         **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
         **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
@@ -178,7 +179,7 @@ DEFAULT: Table = _Named(
     "DEFAULT",
     {
         **PAPER,
-        **{act: partial(activation, function=act) for act in _ACTIVATIONS},
+        **{act: partial(activation, function=act) for act in ACTIVATIONS},
         **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
         **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
         functional.batch_norm: partial(shift, function=functional.batch_norm),
