@@ -68,8 +68,8 @@ class Handing(ABC):
         """Let go of what was kept, as it has been used; here nothing."""
 
     def split(self, grads: Tensor) -> list[Tensor]:
-        """From gradients (K, *out) to those of each input, where there are several; here the same."""
-        raise NotImplementedError
+        """From gradients (K, *out) to those of each input; what has one input is not asked."""
+        return [grads]
 
 
 class Image(Handing):
