@@ -236,8 +236,11 @@ def test_the_graph_may_differ_where_the_last_digit_decides():
     compiled._check_trace(
         Pass([relevance * (1 + 0.01 * one_map)], targets, logits * (1 + 1e-5), arrived), (eager, None)
     )
+    noise, nothing = (torch.cat([relevance[:1], size * relevance[1:]]) for size in (1e-9, 0))
+    of_rounding = Pass([noise], targets, logits, arrived)  # a class without evidence
+    compiled._check_trace(of_rounding, (Pass([nothing], targets, logits, arrived), None))
     for found in (
-        Pass([relevance * (1 + 0.1 * one_map)], targets, logits, arrived),
+        Pass([relevance * (1 + 0.3 * one_map)], targets, logits, arrived),
         Pass([relevance], targets, logits * 1.01, arrived),
         Pass([relevance], targets + 1, logits, arrived),
         Pass([relevance], targets, logits, ~arrived),

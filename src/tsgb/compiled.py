@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -216,8 +215,7 @@ def _check_trace(ours: Pass, eager: tuple[Pass, Facts]) -> None:
     """
     theirs = eager[0]
     pairs = [(ours.targets, theirs.targets, 0.0), (ours.arrived, theirs.arrived, 0.0)]
-    for one, other in zip(ours.relevance, theirs.relevance, strict=True):
-        pairs += zip(one.flatten(0, 1), other.flatten(0, 1), repeat(_MAPS), strict=False)
+    pairs += [(one, other, _MAPS) for one, other in zip(ours.relevance, theirs.relevance, strict=True)]
     if ours.logits is not None and theirs.logits is not None:
         pairs.append((ours.logits, theirs.logits, _LOGITS))
     for one, other, share in pairs:
