@@ -401,7 +401,7 @@ def test_no_output_replaces_a_picture(reverse):
     ("wrong", "words"),
     [
         (["--nonsense"], ["--nonsense"]),
-        (["--method", "nonsense"], ["--method", "tsgb, tsgb-paper", "'nonsense'"]),
+        (["--method", "nonsense"], ["--method", "tsgb, tsgb-depths, tsgb-paper", "'nonsense'"]),
         (["--size", "abc"], ["--size", "'abc'"]),
         (["--size", "3x4x5"], ["--size", "'3x4x5'"]),
         (["--mean", "1,2"], ["--mean", "'1,2'"]),

@@ -62,7 +62,10 @@ def explain(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="tsgb, or tsgb-paper: as the paper's authors run it.", metavar="NAME")
+        str,
+        typer.Option(
+            help="tsgb; tsgb-depths: the map of all depths; tsgb-paper: as the paper's authors run it.", metavar="NAME"
+        ),
     ] = "tsgb",
     f: Annotated[
         float | None,
@@ -180,8 +183,8 @@ def bench(
 ) -> None:
     """Judge saliency methods side by side on the same annotated pictures.
 
-    Methods: tsgb, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad, integrated-gradients, guided,
-    deconvnet, guided-gradcam, ebp, cebp, deeplift, lrp, occlusion, rise, center, random.
+    Methods: tsgb, tsgb-depths, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad,
+    integrated-gradients, guided, deconvnet, guided-gradcam, ebp, cebp, deeplift, lrp, occlusion, rise, center, random.
 
     Metrics: mask_ap, box_ap, grid_ap, pointing, energy, grid, box_accuracy, max_box_accuracy, insertion, deletion,
     cascade, random_logit, sensitivity, speed, memory.

@@ -22,6 +22,7 @@ from .backprop import (
     Gradient,
     LostError,
     Product,
+    Reading,
     Relevance,
     Summed,
     dense,
@@ -39,6 +40,7 @@ NOTHING = 1e-30
 #: Models that call max pooling as a function, so that to fold batch norm is in vain; nothing but time depends on it.
 _CHOOSING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK, _STANCE, _running = threading.Lock(), ExitStack(), 0  # threads in which compiled code runs as it was written
+_RIVALS = 20  # classes of the highest logits, which those asked for may have to compete with
 _AT_ONCE = 2**26  # values of images times classes that go backward together
 
 
@@ -139,18 +141,30 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         seeds = _one_hot(indices, score)
     heads = run.find_heads(score, count, one_each=done.scores is None)
     run.coverage.check_positions()
+    rule = request.table.get(rule_tables.RIVALS)
     columns: list[list[Tensor]] = []
     arrived: list[Tensor] = []
     step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
     for start in range(0, len(seeds), step):
         classes = seeds[start : start + step]
         with torch.autocast(leaves[0].device.type, enabled=False):
-            grads = _gradients(score, leaves, classes, start + step < len(seeds), done.handing)
-            columns.append([_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)])
-        arrived.append(heads.arrived(len(classes), count))
+            rows, reading = _rows(rule, score, classes, done.scores is None)
+            found = heads.read_by(reading)
+            is_last = start + step >= len(seeds)
+            if reading is None:
+                grads = _gradients(score, leaves, rows, not is_last, done.handing)
+            else:
+                with reading.hooked(found):
+                    if not done.handing:
+                        reading.listen(found, score, rows)
+                        rows = rows[:1] - rows[-1:] if len(rows) > 1 else rows
+                    grads = _gradients(score, leaves, rows, not is_last, done.handing)
+            relevance = [_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
+            columns.append([_map(request, leaves, reading, values) for values in relevance])
+        arrived.append(heads.arrived(len(rows), count)[: len(classes)])
     facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts)
-    relevance = [torch.cat(column) for column in zip(*columns, strict=True)]
-    return Pass(relevance, indices, done.logits, torch.cat(arrived)), facts
+    maps = [torch.cat(column) for column in zip(*columns, strict=True)]
+    return Pass(maps, indices, done.logits, torch.cat(arrived)), facts
 
 
 def plain_tensor(x: Tensor) -> Tensor:
@@ -196,6 +210,48 @@ def _relevance(leaf: Tensor, grad: Tensor | None, count: int, whole: bool) -> Te
         relevance = dense(grad.parts)
     relevance = torch.where((image.abs() <= NOTHING) & (relevance.abs() < NOTHING**0.5), 0, relevance)
     return relevance.sum(2) if not whole and image.dim() > 2 else relevance
+
+
+def _rows(rule: Any, score: Tensor, classes: Tensor, is_logits: bool) -> tuple[Tensor, Reading | None]:
+    """What goes backward for the classes asked for: they alone, or with what they compete with.
+
+    Args:
+        rule: the table's for rivals, or None. ``classes``: seeds (K, *shape of the score).
+
+    Returns:
+        The seeds of the classes, of the highest logits, and of the mean of all; and what reads them.
+    """
+    if rule is None:
+        return classes, None
+    if not is_logits or score.shape[1] < 2:
+        return classes, Reading(rule, len(classes), 0)
+    rivals = _one_hot(score.detach().topk(min(_RIVALS, score.shape[1])).indices, score)
+    mean = torch.full_like(score.detach(), 1 / score.shape[1])[None]
+    return torch.cat([classes, rivals, mean]), Reading(rule, len(classes), len(rivals))
+
+
+def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading | None, relevance: Tensor) -> Tensor:
+    """The map of all depths where the table asks for one, and there is one image to make it of; else the relevance.
+
+    The positive values of a map of all depths sum to the evidence that passed the gates, in logits. Of channels each
+    has its share of a pixel in proportion to its size.
+    """
+    rule, image = request.table.get(rule_tables.MAP), leaves[0].detach()
+    if rule is None or reading is None or reading.evidence is None or len(leaves) > 1:
+        return relevance
+    size = image.shape[2:]
+    coarse = [field for field in reading.fields if field.dim() == image.dim()]
+    if not coarse:
+        return relevance
+    found: Tensor = rule(coarse, size)
+    positive = found.clamp(min=0).flatten(2).sum(2)
+    scale = torch.where(positive > 0, reading.evidence / positive.clamp(min=NOTHING), 0)
+    found = found * scale.reshape(*scale.shape, *(1 for _ in size))
+    if not request.whole:
+        return found
+    total = image.abs().sum(1, keepdim=True)
+    share = torch.where(total > 0, image.abs() / total.clamp(min=NOTHING), 1 / image.shape[1])
+    return found.unsqueeze(2) * share
 
 
 def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:

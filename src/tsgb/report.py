@@ -22,7 +22,7 @@ from .backprop import CoverageError
 from .explanation import Explanation
 from .models import Network
 
-METHODS: dict[str, rules.Table] = {"tsgb": rules.DEFAULT, "tsgb-paper": rules.PAPER}
+METHODS: dict[str, rules.Table] = {"tsgb": rules.DEFAULT, "tsgb-depths": rules.DEPTHS, "tsgb-paper": rules.PAPER}
 
 #: Errors whose message alone says what is wrong; a network's own code may raise anything else.
 _CLEAR = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError)

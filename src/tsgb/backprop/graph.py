@@ -11,9 +11,11 @@ from torch.autograd.graph import Node
 
 from . import operators
 from .nodes import Ruling
+from .saved import Cell
 
 __all__ = [
     "gate",
+    "has_positions",
     "has_weights",
     "is_centre",
     "is_known",
@@ -21,14 +23,17 @@ __all__ = [
     "is_settled",
     "is_unseen",
     "is_weighted",
+    "keep_output",
     "name",
     "note",
     "notes",
+    "output_of",
     "ruling_of",
     "walk",
 ]
 
 _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of nodes' metadata
+_OUTPUTS = "tsgb.outputs"
 
 _SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
 
@@ -91,6 +96,37 @@ def is_unseen(node: Node) -> bool:
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         return not node.name().startswith("BackwardHookFunction")  # torch's own, an identity around hooked modules
     return operators.BENDING.search(node.name()) is not None
+
+
+def keep_output(tensor: Tensor, cell: Cell) -> None:
+    """Keep a value of a map on the node that made it, if it has positions."""
+    if tensor.grad_fn is not None and tensor.dim() > 2 and tensor[0].numel() > max(tensor.shape[1], tensor.shape[-1]):
+        notes(tensor.grad_fn).setdefault(_OUTPUTS, {})[tensor.output_nr] = cell
+
+
+def output_of(node: Node, place: int) -> tuple[Tensor | None, bool]:
+    """Give an output that was kept, and whether its channels stand last."""
+    handing = getattr(ruling_of(node), "handing", None)
+    cell = notes(node).get(_OUTPUTS, {}).get(place)
+    if handing is not None:
+        return None if cell is None else cell.tensor, handing.is_last
+    return (None, False) if cell is None else (cell.tensor, _is_last(node, cell.tensor.shape))
+
+
+def has_positions(node: Node) -> bool:
+    """Tell whether an operator's output is a map of more than one position."""
+    handing = getattr(ruling_of(node), "handing", None)
+    if handing is None:
+        return _OUTPUTS in notes(node)
+    shape = node.shape  # type: ignore[attr-defined]
+    return bool((shape[1:-1] if handing.is_last else shape[2:]).numel() > 1)
+
+
+def _is_last(node: Node, shape: torch.Size) -> bool:
+    """Tell whether channels stand last: where they come from a linear layer, and have not been moved since."""
+    below = [ruling_of(n) for n in walk(node, stop=has_weights)]
+    made = [r for r in below if r is not None and r.head_rule is not None]
+    return bool(made) and all(r.is_linear and shape[-1] == r.channels != shape[1] for r in made)
 
 
 def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:

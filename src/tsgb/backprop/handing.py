@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..tracing import is_traced
 from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
+
+if TYPE_CHECKING:
+    from .reading import Reading
 
 __all__ = [
     "CHANNELS",
@@ -59,6 +62,7 @@ class Handing(ABC):
     is_positive = False  # whether no value of the output is below 0, where that is known
     has_zeros = True  # whether values of the output may be 0 and yet not tell that nothing arrives there
     is_last = False  # whether the channels of the output stand last
+    reading: Reading | None = None  # what notes the relevance that a convolution shares
 
     @abstractmethod
     def hand(self, parts: list[Part]) -> list[list[Part]]:
@@ -175,7 +179,10 @@ class Convolution(Handing):
         if self._fields > 1:
             return [[self._grouped(parts)]]
         assert self._total is not None
-        shared = summed(parts) / self._windows.sums(self._total, EPS)
+        relevance = summed(parts)
+        if self.reading is not None:
+            self.reading.note(relevance.squeeze(2))
+        shared = relevance / self._windows.sums(self._total, EPS)
         field = self._windows.spread(shared, self._size)
         if self.below == SUMS:
             return [[Product(field, self._total, None)]]

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from . import graph
 from .coverage import Coverage, CoverageError
 from .nodes import Ruling
+from .reading import Reading, tops
 
 __all__ = ["Heads"]
 
@@ -66,6 +67,7 @@ class Heads:
                 "no head was found: between the image and the target there is no linear layer and no convolution"
                 f" that the rules know (seen: {', '.join(sorted({name for name, _ in coverage.unruled})) or 'nothing'})"
             )
+        self._nodes, self._below = nodes, below
         edges = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
         first = [ruling for edge in edges for ruling in _first(edge)]
         self.f = f(any(ruling.on_vector for ruling in first)) if callable(f) else float(f)
@@ -73,6 +75,16 @@ class Heads:
             ruling.f = None
         for head in self.rulings:
             head.f, head.count, head.is_single = self.f, count, one_each and not self.above
+
+    def read_by(self, reading: Reading | None) -> list[Node]:
+        """Let a reading note what the convolutions below share; give the nodes where the classes compete."""
+        for node in self._below:
+            ruling = graph.ruling_of(node)
+            if ruling is not None and ruling.is_whole and ruling not in self.rulings:
+                ruling.reading = reading
+                if ruling.handing is not None:
+                    ruling.handing.reading = reading
+        return tops(self._nodes)
 
     def arrived(self, classes: int, count: int) -> Tensor:
         """Tell for each class and image (K, N) whether any gradient arrived in the last backward."""

@@ -75,6 +75,7 @@ class Backprop(TorchFunctionMode):
         self._openers = {operators.name(function) for function in rules.GATES}
         self._bending = {operators.name(function) for function in rules.ACTIVATIONS}
         self._f = table[rules.F] if f is None else f
+        self._is_reading = rules.RIVALS in table
         self.coverage = Coverage()
         self.has_shifts = False  # whether a constant was added to what comes from the image
         self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
@@ -178,7 +179,7 @@ class Backprop(TorchFunctionMode):
                 output = _separate(args, output)
             elif any(t.requires_grad for t in operators.tensors(output)):  # and not the number of its dimensions
                 self._keep_outputs(call)
-            return self._note(call, output)
+            return self._read(self._note(call, output))
         ruling, call = met
         if self._is_handing:
             self._keep_outputs(call)
@@ -187,7 +188,7 @@ class Backprop(TorchFunctionMode):
         self._release_below(ruling, call.args[0])
         with self._kept.watching():
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
-            return o if call.inplace is None else call.inplace.copy_(o)
+            return self._read(o if call.inplace is None else call.inplace.copy_(o))
 
     def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
         """Find the rule that a call meets, if any: by its role among its operands, else by its name.
@@ -221,7 +222,14 @@ class Backprop(TorchFunctionMode):
         if call.name not in self._heads:
             return _ruling(call, function, rule), call
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
-        roles = {"on_vector": operators.on_vector(signals[0], weight), "is_linear": weight.dim() == 2}
+        on_vector, is_linear = operators.on_vector(signals[0], weight), weight.dim() == 2
+        is_whole = not on_vector and (is_linear or signals[0].shape[1] == weight.shape[1])
+        roles = {
+            "on_vector": on_vector,
+            "is_linear": is_linear,
+            "channels": len(weight),
+            "is_whole": self._is_reading and is_whole,
+        }
         return _ruling(call, function, rule, head_rule=self._heads[call.name][1], **roles), call
 
     def _hand(self, call: Call, met: tuple[Ruling, Call] | None, run: Callable[[], Any]) -> Any:
@@ -268,6 +276,13 @@ class Backprop(TorchFunctionMode):
             ruling = graph.ruling_of(tensor.grad_fn)
             if ruling is not None and ruling.handing is not None and ruling.o is None:
                 ruling.o = self._kept.pack(tensor)
+
+    def _read(self, output: Any) -> Any:
+        """Keep what has positions, as the classes may compete there."""
+        for tensor in operators.tensors(output) if self._is_reading else ():
+            if tensor.requires_grad:
+                graph.keep_output(tensor, self._kept.pack(tensor))
+        return output
 
     def _release_below(self, ruling: Ruling, x: Tensor) -> None:
         """What is below an operator with weights is no head: let go of what a head needs."""

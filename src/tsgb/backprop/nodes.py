@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from . import operators
 from .handing import GRADIENT, Handing
 from .relevance import Dense, Gradient, LostError, Part, Relevance, of_type, single
 from .saved import Cell
+
+if TYPE_CHECKING:
+    from .reading import Reading
 
 __all__ = ["SLOT", "Handed", "Job", "Ruled", "Ruling"]
 
@@ -42,6 +45,9 @@ class Ruling:
     head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
     on_vector: bool = False
     is_linear: bool = False
+    channels: int = 0  # of the output of an operator that carries weights
+    is_whole: bool = False  # of a convolution: whether it shares one number a position, not one for each group
+    reading: Reading | None = None  # what notes that number
     is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
     f: float | None = None  # set on the heads, with the number of images
     count: int = 0
@@ -108,7 +114,8 @@ class Ruled(torch.autograd.Function):
         o = ruling.function(x, *args, **kwargs)
         o = o.clone() if o._is_view() else o  # else it could not be written on, as it could without this node
         ctx.ruling = ruling
-        ctx.save_for_backward(x, o if _wants(ruling.rule, "o") else None, *operators.tensors((args, kwargs)))
+        needs_o = _wants(ruling.rule, "o") or ruling.is_whole
+        ctx.save_for_backward(x, o if needs_o else None, *operators.tensors((args, kwargs)))
         return o
 
     @staticmethod
@@ -116,6 +123,10 @@ class Ruled(torch.autograd.Function):
         """Run the rule."""
         x, o, *others = ctx.saved_tensors
         ruling, grad = ctx.ruling, grads[0]
+        if ruling.reading is not None and o is not None:
+            rows = grad.gradients() if isinstance(grad, Relevance) else grad[None]
+            ruling.reading.note((single(rows) * single(o)).sum(-1 if ruling.is_linear else 2))
+        o = o if _wants(ruling.rule, "o") else None
         if isinstance(grad, Relevance):
             values = ruling.classes(grad.gradients(), x, o, others)
             return Relevance(x.shape, x.dtype, [Gradient(single(values))]), None, None, None
@@ -150,6 +161,7 @@ class Handed(torch.autograd.Function):
             ctx.mark_dirty(signals[0])
         job.ruling.handing = job.begin(o)
         ctx.kinds = [(signal.shape, signal.dtype) for signal in signals]
+        ctx.shape = o.shape
         return o
 
     @staticmethod

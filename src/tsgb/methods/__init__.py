@@ -2,7 +2,7 @@
 
 >>> from tsgb import methods
 >>> list(methods.METHODS)[:4]
-['tsgb', 'tsgb-paper', 'gradcam', 'layercam']
+['tsgb', 'tsgb-depths', 'tsgb-paper', 'gradcam']
 """
 
 from .registry import METHODS, Method, attribute

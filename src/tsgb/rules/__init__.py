@@ -15,8 +15,6 @@ from .classic import (
     deconvnet,
     excitation,
     excitation_head,
-    gradient,
-    gradient_head,
     guided,
 )
 from .extensions import conv_transposed
@@ -30,8 +28,26 @@ from .formulas import (
     linear,
     shift,
 )
-from .heads import conv_head, linear_head, selectivity
-from .tables import ACTIVATIONS, CONSTANT, DEFAULT, GATE, GATES, HEAD, KINKED, ORDINARY, PAPER, RELUS, F, Table, plain
+from .heads import conv_head, gradient, gradient_head, linear_head, selectivity
+from .maps import depths, rivalry
+from .tables import (
+    ACTIVATIONS,
+    CONSTANT,
+    DEFAULT,
+    DEPTHS,
+    GATE,
+    GATES,
+    HEAD,
+    KINKED,
+    MAP,
+    ORDINARY,
+    PAPER,
+    RELUS,
+    RIVALS,
+    F,
+    Table,
+    plain,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,15 +55,18 @@ __all__ = [
     "CONTRASTIVE",
     "DECONVNET",
     "DEFAULT",
+    "DEPTHS",
     "EXCITATION",
     "GATE",
     "GATES",
     "GUIDED",
     "HEAD",
     "KINKED",
+    "MAP",
     "ORDINARY",
     "PAPER",
     "RELUS",
+    "RIVALS",
     "F",
     "Table",
     "activation",
@@ -59,6 +78,7 @@ __all__ = [
     "conv_lumped",
     "conv_transposed",
     "deconvnet",
+    "depths",
     "excitation",
     "excitation_head",
     "gate",
@@ -68,6 +88,7 @@ __all__ = [
     "linear",
     "linear_head",
     "plain",
+    "rivalry",
     "selectivity",
     "shift",
 ]

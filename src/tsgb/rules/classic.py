@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .formulas import linearised
+from .heads import gradient, gradient_head
 from .tables import DEFAULT, HEAD, ORDINARY, PAPER, RECTIFIERS, F, Table
 
 __all__ = [
@@ -70,35 +71,6 @@ def deconvnet(grad: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         tensor([5., 0.])
     """
     return grad.clamp(min=0)
-
-
-def gradient(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
-    """The operator's own gradient, for the operators with weights, which need a rule to be known as a head.
-
-    Args:
-        grad: arriving at the output. ``x``: the input.
-        function: the operator, called as ``function(x, *args, **kwargs)``.
-
-    Returns:
-        The shape of ``x``.
-
-    Example:
-        >>> gradient(torch.ones(1), torch.tensor([3.0]), function=torch.square)
-        tensor([6.])
-    """
-    return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
-
-
-def gradient_head(
-    grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], f: float = 1.0, **kwargs: Any
-) -> Tensor:
-    """`gradient` where the operator is the head; ``f`` is not read.
-
-    Example:
-        >>> gradient_head(torch.ones(1), torch.tensor([3.0]), function=torch.square, f=0.75)
-        tensor([6.])
-    """
-    return gradient(grad, x, *args, function=function, **kwargs)
 
 
 def excitation(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..tracing import holds, is_traced
 from .formulas import convolution, linearised
 
-__all__ = ["Split", "conv_head", "linear_head", "selectivity"]
+__all__ = ["Split", "conv_head", "gradient", "gradient_head", "linear_head", "selectivity"]
 
 Split = Literal["contributions", "weights"]
 
@@ -112,6 +112,35 @@ def conv_head(
     args = (None, stride, padding, dilation, groups)
     positions = tuple(range(2, x.dim()))
     return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, positions)
+
+
+def gradient(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+    """The operator's own gradient, for the operators with weights, which need a rule to be known as a head.
+
+    Args:
+        grad: arriving at the output. ``x``: the input.
+        function: the operator, called as ``function(x, *args, **kwargs)``.
+
+    Returns:
+        The shape of ``x``.
+
+    Example:
+        >>> gradient(torch.ones(1), torch.tensor([3.0]), function=torch.square)
+        tensor([6.])
+    """
+    return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
+
+
+def gradient_head(
+    grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], f: float = 1.0, **kwargs: Any
+) -> Tensor:
+    """`gradient` where the operator is the head; ``f`` is not read.
+
+    Example:
+        >>> gradient_head(torch.ones(1), torch.tensor([3.0]), function=torch.square, f=0.75)
+        tensor([6.])
+    """
+    return gradient(grad, x, *args, function=function, **kwargs)
 
 
 def selectivity(hidden: bool) -> float:

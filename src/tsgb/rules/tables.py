@@ -8,6 +8,11 @@ not name keeps it too, but is reported. Three keys are no functions but roles th
 - ``CONSTANT``: operators one of whose operands does not depend on the image (``x - mean``);
 - ``GATE``: products of a signal and a gate (``x * sigmoid(y)``).
 
+Two say how the map is read of the backward; without them it is the relevance at the image:
+
+- ``RIVALS``: how classes compete where their evidence meets the map, see `rivalry`;
+- ``MAP``: how the fields of all depths make one map, see `depths`.
+
 ``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`). To change a rule, make a
 table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
 """
@@ -31,7 +36,8 @@ from .formulas import (
     linear,
     shift,
 )
-from .heads import Split, conv_head, linear_head, selectivity
+from .heads import Split, conv_head, gradient_head, linear_head, selectivity
+from .maps import depths, rivalry
 
 Table = dict[Any, Any]
 
@@ -49,6 +55,7 @@ class _Named(Table):
 
 ORDINARY = "ordinary"
 HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
+RIVALS, MAP = "rivals", "map"
 
 #: What opens and closes: a factor that comes from one of these is a gate.
 GATES = (torch.sigmoid, functional.hardsigmoid, functional.softmax)
@@ -187,6 +194,19 @@ DEFAULT: Table = _Named(
         GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
         HEAD: _head_table("contributions"),
         F: selectivity,
+    },
+)
+
+
+#: Beyond the method: the head's own gradient less what all classes share, classes that compete, the map of all depths.
+DEPTHS: Table = _Named(
+    "DEPTHS",
+    {
+        **DEFAULT,
+        HEAD: {operator: partial(gradient_head, function=operator) for operator in DEFAULT[HEAD]},
+        F: 0.0,
+        RIVALS: rivalry,
+        MAP: depths,
     },
 )
 

@@ -1,0 +1,128 @@
+"""What is read of a backward, beside the image's own relevance: the evidence at the top, and the fields of all depths.
+
+Where the head's evidence meets a map, the classes compete: hooks on autograd's nodes see all their rows there, and let
+those asked for go on. Below, each convolution notes what it shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from . import graph
+from .relevance import Dense, Gradient, LostError, Part, Product, Relevance, Summed, single, summed
+
+__all__ = ["Reading", "tops"]
+
+Rivalry = Callable[[Tensor, int], Tensor]
+
+
+class Reading:
+    """One backward's reading: of rows for K classes asked for, R that may be their rivals, and the mean of all.
+
+    Args:
+        rivalry: the table's rule, see `rules.rivalry`. ``asked``: K. ``rivals``: R, 0 for none and no mean.
+
+    Attributes:
+        fields: what each convolution shares, one number a position: (K, N, *positions).
+        evidence: (K, N), the positive evidence for each class that passed the gates, summed over the positions; None
+            where there is no top.
+    """
+
+    def __init__(self, rivalry: Rivalry, asked: int, rivals: int) -> None:
+        self._rivalry, self._asked, self._rivals = rivalry, asked, rivals
+        self.fields: list[Tensor] = []
+        self.evidence: Tensor | None = None
+        self._heard: dict[tuple[Node, int], list[Tensor]] | None = None
+        self._gates: dict[tuple[Node, int], Tensor] = {}
+
+    def note(self, field: Tensor) -> None:
+        """Keep what a convolution shares: (K, N, *positions)."""
+        self.fields.append(field)
+
+    @contextmanager
+    def hooked(self, found: Sequence[Node]) -> Iterator[None]:
+        """Let the classes compete at these nodes while the body goes backward."""
+        handles = [node.register_prehook(partial(self._met, node)) for node in found]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def listen(self, found: Sequence[Node], score: Tensor, rows: Tensor) -> None:
+        """Hear the rows one by one, where gradients of one class go backward: within `hooked`."""
+        edges = [GradientEdge(n, nr) for node in found for n, nr in node.next_functions if n is not None]
+        self._heard = {}
+        for row in rows:
+            torch.autograd.grad(score, edges, row, retain_graph=True, allow_unused=True)
+        for key, heard in self._heard.items():
+            self._gates[key] = self._gate(torch.stack(heard))
+        self._heard = None
+
+    def _met(self, node: Node, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        given = [None if grad is None else self._weighed((node, nr), grad) for nr, grad in enumerate(grads)]
+        return tuple(given)
+
+    def _weighed(self, key: tuple[Node, int], grad: Tensor) -> Tensor:
+        node, nr = key
+        ruling = graph.ruling_of(node)
+        if isinstance(grad, Relevance) and not any(isinstance(part, Gradient) for part in grad.parts):
+            gate = self._gate(summed(grad.parts).squeeze(2)).unsqueeze(2)
+            return Relevance(grad.shape, grad.dtype, [self._part(part, gate) for part in grad.parts])
+        o, is_last = graph.output_of(node, nr)
+        if o is None and ruling is not None and ruling.o is not None:
+            o = ruling.o.tensor
+        if o is None:
+            raise LostError("an output was let go where classes compete")
+        dim = -1 if is_last else 2
+        if isinstance(grad, Relevance):
+            grads = grad.gradients()
+            gate = self._gate((grads * single(o)).sum(dim))
+            return Relevance(grad.shape, grad.dtype, [Gradient(self._own(grads) * gate.unsqueeze(dim))])
+        dim = -1 if is_last else 1
+        if self._heard is not None:
+            self._heard.setdefault(key, []).append((single(grad) * single(o)).sum(dim))
+            return grad
+        return grad * self._gates[key][0].unsqueeze(dim) if key in self._gates else grad
+
+    def _gate(self, evidence: Tensor) -> Tensor:
+        """How far each class holds each position (K, N, *positions), of the evidence of all rows."""
+        own = self._own(evidence)
+        gate = torch.ones_like(own)
+        if self._rivals:
+            gate = self._rivalry(evidence[: self._asked + self._rivals], self._asked)
+        passed = (own * gate).clamp(min=0).flatten(2).sum(2)
+        self.evidence = passed if self.evidence is None else self.evidence + passed
+        return gate
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """Of all rows those asked for, less what all classes share."""
+        return rows[: self._asked] - rows[-1:] if self._rivals else rows
+
+    def _part(self, part: Part, gate: Tensor) -> Part:
+        """A part for the classes asked for, weighed by a field (K, N, 1, *)."""
+        if isinstance(part, Dense):
+            return Dense(self._own(part.values) * gate)
+        if isinstance(part, Summed):
+            return Summed(self._own(part.values) * gate)
+        assert isinstance(part, Product)
+        factor = self._own(part.factor)
+        if part.total is not None:
+            return Product(factor * gate, part.total, part.base)
+        assert part.base is not None
+        return Dense(factor * part.base * gate)
+
+
+def tops(heads: Sequence[Node]) -> list[Node]:
+    """Where the evidence meets the map: the first nodes below the heads whose output has positions."""
+    edges = [edge for node in heads for edge, _ in node.next_functions if edge is not None]
+    found: dict[Node, None] = {}
+    for edge in edges:
+        found.update(dict.fromkeys(n for n in graph.walk(edge, stop=graph.has_positions) if graph.has_positions(n)))
+    return list(found)

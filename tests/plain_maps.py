@@ -1,0 +1,98 @@
+"""`tsgb.rules.rivalry` and `tsgb.rules.depths` written again, slow and literal, for maps of two dimensions."""
+
+import math
+
+import torch
+
+
+def rivalry(evidence, asked, alike=0.5, temperature=4.0, floor=0.3):
+    """Every class, image and position by itself."""
+    rows, count, height, width = evidence.shape
+    places = [(i, j) for i in range(height) for j in range(width)]
+    gate = torch.zeros_like(evidence[:asked])
+    for n in range(count):
+        for k in range(asked):
+            rivals = [r for r in range(asked, rows) if _correlation(evidence[k, n], evidence[r, n]) < alike]
+            for p in places:
+                own = math.exp(len(places) * evidence[(k, n, *p)] / temperature)
+                others = sum(math.exp(len(places) * evidence[(r, n, *p)] / temperature) for r in rivals)
+                gate[(k, n, *p)] = floor + (1 - floor) * own / (own + others)
+    return gate
+
+
+def depths(fields, size):
+    """The mean of the fields of all sizes, smoothed, and half as much again of what lies around."""
+    out = []
+    for k in range(len(fields[0])):
+        out.append(torch.stack([_one([field[k, n] for field in fields], size) for n in range(fields[0].shape[1])]))
+    return torch.stack(out)
+
+
+def _one(fields, size):
+    sizes = list(dict.fromkeys(tuple(field.shape) for field in fields))
+    sums = {s: sum(field for field in fields if tuple(field.shape) == s) for s in sizes}
+    finest = max(sizes, key=lambda s: s[0] * s[1])
+    by = math.ceil(min(finest) / 64)
+    grid = tuple(round(n / by) for n in finest)
+    side = min(grid)
+    total = torch.zeros(grid, dtype=fields[0].dtype)
+    for s, field in sums.items():
+        coarse = side / min(s) / 2 if min(s) < side else 0.0
+        deviation = math.sqrt(max(0.0, (side / 64) ** 2 - coarse**2))
+        total += _over_largest(_blurred(_on(field, grid), deviation))
+    total = _over_largest(total)
+    small = tuple(round(n / 4) for n in grid) if side > 32 else grid
+    wide = _blurred(_on(total.clamp(min=0), small), min(small) / 8)
+    return _on(total + _over_largest(_on(wide, grid)) / 2, size)
+
+
+def _over_largest(m):
+    return m / m.max() if m.max() > 0 else torch.zeros_like(m)
+
+
+def _correlation(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt() + 1e-30))
+
+
+def _on(m, size):
+    """Means of areas on a coarser grid, the four neighbours by their nearness on a finer one."""
+    size = tuple(size)
+    if tuple(m.shape) == size:
+        return m
+    out = torch.zeros(size, dtype=m.dtype)
+    is_coarser = m.shape[0] >= size[0] and m.shape[1] >= size[1]
+    for i in range(size[0]):
+        for j in range(size[1]):
+            if is_coarser:
+                rows, columns = (
+                    slice(p * n // s, math.ceil((p + 1) * n / s)) for p, n, s in zip((i, j), m.shape, size, strict=True)
+                )
+                out[i, j] = m[rows, columns].mean()
+                continue
+            (a, b, u), (c, d, v) = (_between(p, n, s) for p, n, s in zip((i, j), m.shape, size, strict=True))
+            out[i, j] = (1 - u) * ((1 - v) * m[a, c] + v * m[a, d]) + u * ((1 - v) * m[b, c] + v * m[b, d])
+    return out
+
+
+def _between(place, n, size):
+    at = max(0.0, (place + 0.5) * n / size - 0.5)
+    first = min(int(at), n - 1)
+    return first, min(first + 1, n - 1), at - first
+
+
+def _blurred(m, deviation):
+    """A Gaussian cut at three deviations, along one side and then the other; beyond the border its value goes on."""
+    reach = int(3 * deviation + 0.5)
+    if reach == 0:
+        return m
+    weights = [math.exp(-((t / deviation) ** 2) / 2) for t in range(-reach, reach + 1)]
+    for turned in (False, True):
+        m = m.T if turned else m
+        rows = [
+            sum(w * m[min(max(i + t, 0), len(m) - 1)] for t, w in zip(range(-reach, reach + 1), weights, strict=True))
+            for i in range(len(m))
+        ]
+        m = torch.stack(rows) / sum(weights)
+        m = m.T if turned else m
+    return m

@@ -1,0 +1,275 @@
+"""The map of all depths: where classes compete, and what the fields of the convolutions make together."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import plain
+import plain_maps
+import tsgb
+from tsgb import passes, rules
+from tsgb.vision import import_torchvision
+
+DEPTHS = rules.DEPTHS
+
+
+@pytest.mark.parametrize("asked", [1, 3])
+def test_rivalry_is_its_twin(asked):
+    torch.manual_seed(asked)
+    evidence = torch.randn(asked + 5, 2, 4, 3, dtype=torch.float64)
+    evidence[-1] = 2 * evidence[0]  # a sibling
+    for options in ({}, {"alike": 0.1, "temperature": 1.5, "floor": 0.0}):
+        expected = plain_maps.rivalry(evidence, asked, **options)
+        assert torch.allclose(rules.rivalry(evidence, asked, **options), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size"),
+    [
+        ([(5, 4), (9, 8), (9, 8), (3, 2)], (18, 16)),
+        ([(1, 1)], (6, 6)),
+        ([(40, 36), (10, 9)], (40, 36)),
+        ([(130, 136), (33, 34)], (65, 68)),  # a grid of its own, and coarser than the finest field
+    ],
+)
+def test_depths_is_its_twin(sizes, size):
+    torch.manual_seed(0)
+    fields = [torch.randn(2, 1, *s, dtype=torch.float64) for s in sizes]
+    fields[0][0] = -fields[0][0].abs()
+    expected = plain_maps.depths(fields, size)
+    assert torch.allclose(rules.depths(fields, size), expected, atol=1e-10)
+
+
+def test_depths_in_one_and_three_dimensions():
+    line, block = torch.rand(2, 1, 9), torch.rand(1, 2, 3, 4, 5)
+    assert rules.depths([line], (18,)).shape == (2, 1, 18)
+    assert rules.depths([block, block[..., :2, :2, :2]], (6, 8, 10)).shape == (1, 2, 6, 8, 10)
+    # A plane whose rows are all the same is a line.
+    plane = line[:, :, None].expand(2, 1, 9, 9)
+    assert torch.allclose(rules.depths([plane], (9, 9))[..., 4, :], rules.depths([line], (9,)), atol=1e-6)
+
+
+def test_depths_of_nothing():
+    assert not rules.depths([-torch.rand(1, 1, 4, 4)], (8, 8)).clamp(min=0).any()
+    with pytest.raises(ValueError, match="at least one field"):
+        rules.depths([], (8, 8))
+
+
+class Chain(nn.Module):
+    """What can be written out layer by layer; ``scale`` makes its logits as large as a trained network's."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 1, 1)
+        self.c = nn.Linear(5, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.c(x.mean((2, 3))) * 30
+
+
+def test_a_network_written_out():
+    torch.manual_seed(3)
+    model, x = Chain().double().eval(), torch.rand(1, 3, 12, 10, dtype=torch.float64)
+    with torch.no_grad():
+        target = int(model(x).argmax())
+        one = torch.relu(model.a(x))
+        top = torch.relu(model.b(one))
+        positions = top[0, 0].numel()
+        weights = 30 * model.c.weight / positions
+        evidence = torch.stack([(weights[k, :, None, None] * top[0]).sum(0) for k in range(4)])[:, None]
+        order = model(x)[0].argsort(descending=True)
+        gate = plain_maps.rivalry(torch.cat([evidence[target][None], evidence[order]]), 1)[0]
+        own = gate * (evidence[target] - evidence.mean(0))  # (1, h, w)
+        gradient = gate[:, None] * (weights[target] - weights.mean(0))[:, None, None]  # at the top
+        fields = [own[None]]
+        below = plain.conv(gradient * (top > 0), one, model.b.weight, model.b.bias, padding=(1, 1))
+        fields.append((below * one).sum(1)[None])
+        found = plain_maps.depths(fields, (12, 10))
+        found *= own.clamp(min=0).sum() / found.clamp(min=0).sum()
+    e = tsgb.explain(model, x, target, rules=DEPTHS)
+    assert torch.allclose(e.maps, found, atol=1e-12)
+    assert gate.min() < 0.9, "no rival had a say"
+
+
+def _passed(model, x, target, handing):
+    request = passes.Request(model, DEPTHS, None)
+    with torch.enable_grad():
+        return passes.backward(request, target, passes.forward(request, (x,), target, handing))[0]
+
+
+def _architecture(name):
+    torch.manual_seed(1)
+    options = {"init_weights": True} if name == "googlenet" else {}
+    model = getattr(import_torchvision().models, name)(weights=None, **options).eval().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["alexnet", "vgg11", "resnet18", "squeezenet1_1", "densenet121", "mobilenet_v3_small", "convnext_tiny"]
+)
+def test_handed_on_or_plainly_it_is_one_map(name):
+    model, x = _architecture(name), torch.rand(2, 3, 96, 96, dtype=torch.float64)
+    target = model(x).detach().topk(2).indices
+    fast = _passed(model, x, target, True)
+    for k in range(2):
+        slow = _passed(model, x, target[:, k : k + 1], False)
+        assert slow.relevance[0].any()
+        error = (fast.relevance[0][k] - slow.relevance[0][0]).norm() / slow.relevance[0].norm()
+        assert error < (1e-3 if name == "convnext_tiny" else 1e-8)
+        assert torch.equal(fast.arrived[k], slow.arrived[0])
+
+
+def test_a_class_has_one_map_whatever_else_is_asked(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Chain(30).eval(), torch.rand(3, 3, 16, 16)
+    alone = tsgb.explain(model, x[1:2], 7, rules=DEPTHS).maps[0, 0]
+    together = tsgb.explain(model, x, [[3, 7, 9]] * 3, rules=DEPTHS).maps[1, 1]
+    assert torch.allclose(alone, together, atol=1e-5 * float(alone.abs().max()))
+    monkeypatch.setattr(passes, "_AT_ONCE", 1)  # classes go backward one by one
+    by_one = tsgb.explain(model, x, [[3, 7, 9]] * 3, rules=DEPTHS).maps[1, 1]
+    assert torch.allclose(alone, by_one, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_a_rival_elsewhere_takes_what_is_its_own():
+    """One channel tells red, the other green; both classes share the first half of red's evidence."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
+    ).eval()
+    model[0].weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0]])[:, :, None, None]
+    model[4].weight.data = torch.tensor([[30.0, 10], [10, 30]])
+    x = torch.zeros(1, 3, 16, 16)
+    x[:, 0, :, :8], x[:, 1, :, 8:] = 1, 1
+    with_rivals = tsgb.explain(model, x, 0, rules=DEPTHS).maps[0, 0]
+    without = tsgb.explain(model, x, 0, rules={**DEPTHS, rules.RIVALS: lambda e, k: torch.ones_like(e[:k])}).maps[0, 0]
+    assert with_rivals[:, :4].mean() > 0 > with_rivals[:, 12:].mean() > without[:, 12:].mean()
+
+
+def test_the_map_sums_to_the_evidence_that_passed():
+    torch.manual_seed(0)
+    model, x = Chain().eval(), torch.rand(2, 3, 16, 16)
+    always = {**DEPTHS, rules.RIVALS: lambda evidence, asked: torch.ones_like(evidence[:asked])}
+    maps = tsgb.explain(model, x, 1, rules=always).maps[:, 0]
+    with torch.no_grad():
+        top = torch.relu(model.b(torch.relu(model.a(x))))
+        weight = 30 * (model.c.weight[1] - model.c.weight.mean(0))
+        evidence = torch.einsum("nchw,c->nhw", top, weight).clamp(min=0).mean((1, 2))
+    assert torch.allclose(maps.clamp(min=0).sum((1, 2)), evidence, rtol=1e-4)
+
+
+class Vectors(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(3, 6, 3, padding=1), nn.Linear(6, classes)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.conv(x)).amax(-1))
+
+
+def test_other_dimensions_targets_and_heads():
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 20)
+    assert tsgb.explain(Vectors(5).eval(), x, "top2", rules=DEPTHS).maps.shape == (2, 2, 20)
+    assert tsgb.explain(Vectors(1).eval(), x, 0, rules=DEPTHS).maps.shape == (2, 1, 20)  # no rival, no mean of classes
+    assert tsgb.explain(Vectors(2).eval(), x, 1, rules=DEPTHS).maps.shape == (2, 1, 20)
+    block = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 3)).eval()
+    assert tsgb.explain(block, torch.rand(1, 1, 6, 6, 6), 2, rules=DEPTHS).maps.shape == (1, 1, 6, 6, 6)
+    segmenter = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()
+    image = torch.rand(2, 3, 9, 9)
+    e = tsgb.explain(segmenter, image, lambda out: out[:, 2].sum((1, 2)), rules=DEPTHS)
+    assert e.maps.shape == (2, 1, 9, 9)
+
+
+def test_a_callable_and_its_class_differ_by_the_rivals_alone():
+    torch.manual_seed(0)
+    model, x = Chain().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    called = tsgb.explain(model, x, lambda out: out[:, 1] - out.mean(1), rules=DEPTHS).maps
+    always = {**DEPTHS, rules.RIVALS: lambda evidence, asked: torch.ones_like(evidence[:asked])}
+    assert torch.allclose(called, tsgb.explain(model, x, 1, rules=always).maps)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        return self.out((torch.relu(self.a(x)) + torch.relu(self.b(y))).mean((2, 3)))
+
+
+def test_of_several_inputs_each_has_its_relevance():
+    torch.manual_seed(0)
+    model, inputs = Two().double().eval(), (torch.rand(1, 3, 8, 8).double(), torch.rand(1, 1, 8, 8).double())
+    e = tsgb.explain(model, inputs, 1, rules=DEPTHS)
+    own = {**rules.DEFAULT, **{key: DEPTHS[key] for key in (rules.HEAD, rules.F)}}
+    share = tsgb.explain(model, inputs, lambda out: out[:, 1] - out.mean(1), rules=own)
+    assert [m.shape for m in e.maps] == [m.shape for m in share.maps]
+    assert all(torch.isfinite(m).all() and m.any() for m in e.maps)
+
+
+def test_of_channels_each_has_its_share():
+    torch.manual_seed(0)
+    model, x = Chain().eval(), torch.rand(2, 3, 16, 16)
+    x[0, :, 3, 3] = 0  # a black pixel may be evidence too
+    whole = tsgb.TSGB(model, rules=DEPTHS).attribute(x, 1)
+    maps = tsgb.explain(model, x, 1, rules=DEPTHS).maps
+    assert torch.allclose(whole.sum(1), maps[:, 0], atol=1e-6)
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    model, x = Chain(25).eval(), torch.rand(2, 3, 16, 16)
+    explainer = tsgb.compile(model, x, "top2", rules=DEPTHS, backend="eager")
+    other = torch.rand(2, 3, 16, 16)
+    expected = tsgb.explain(model, other, "top2", rules=DEPTHS).maps
+    assert torch.allclose(explainer(other, "top2").maps, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_in_half_precision():
+    model = tsgb.load("bundled").model
+    x = torch.rand(2, 3, 128, 128)
+    expected = tsgb.explain(model, x, "top2", rules=DEPTHS).maps
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tsgb.explain(model, x, tsgb.explain(model, x, "top2").targets, rules=DEPTHS).maps
+    assert found.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([found[:, 0].flatten(), expected[:, 0].flatten()]))[0, 1] > 0.999
+
+
+def test_a_model_that_loses_what_is_handed_on():
+    """It writes on a view, and is run plainly."""
+
+    class Writes(Chain):
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            x[:, :, :2] *= 2
+            return self.c(torch.relu(self.b(x)).mean((2, 3))) * 30
+
+    class Spelled(Chain):
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            x = torch.cat([x[:, :, :2] * 2, x[:, :, 2:]], 2)
+            return self.c(torch.relu(self.b(x)).mean((2, 3))) * 30
+
+    torch.manual_seed(0)
+    writes, spelled = Writes().double().eval(), Spelled().double().eval()
+    spelled.load_state_dict(writes.state_dict())
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    one, other = (tsgb.explain(m, x, [[0, 1]] * 2, rules=DEPTHS).maps for m in (writes, spelled))
+    assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_functional_modules_shared_and_in_place():
+    torch.manual_seed(0)
+    model, x = Chain().eval(), torch.rand(1, 3, 16, 16)
+
+    def run(x):
+        x = functional.relu(model.a(x), inplace=True)
+        return 30 * model.c(functional.relu_(model.b(x)).mean((2, 3)))
+
+    expected = tsgb.explain(model, x, 1, rules=DEPTHS).maps
+    assert torch.allclose(tsgb.explain(run, x, 1, rules=DEPTHS).maps, expected, atol=1e-6)
