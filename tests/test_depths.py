@@ -162,6 +162,26 @@ def test_the_map_sums_to_the_evidence_that_passed():
     assert torch.allclose(maps.clamp(min=0).sum((1, 2)), evidence, rtol=1e-4)
 
 
+def test_a_table_may_ask_for_one_of_the_two():
+    torch.manual_seed(0)
+    model, x = Chain().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    deep = tsgb.explain(model, x, lambda out: out[:, 1], rules={**rules.DEFAULT, rules.MAP: rules.depths}).maps
+    ordinary = {key: DEPTHS[key] for key in (rules.HEAD, rules.F)}
+    same = tsgb.explain(
+        model, x, lambda out: out[:, 1], rules={**DEPTHS, rules.HEAD: rules.DEFAULT[rules.HEAD], rules.F: 0.75}
+    )
+    assert torch.allclose(deep, same.maps)
+    e = tsgb.explain(model, x, 1, rules={**rules.DEFAULT, **ordinary, rules.RIVALS: rules.rivalry})
+    with torch.no_grad():
+        top = torch.relu(model.b(torch.relu(model.a(x))))
+        evidence = torch.einsum("nchw,kc->knhw", top, 30 * model.c.weight) / top[0, 0].numel()
+        order = model(x).topk(4).indices
+        rows = torch.stack([evidence[order[:, r], torch.arange(2)] for r in range(4)])
+        gate = rules.rivalry(torch.cat([evidence[1:2], rows]), 1)[0]
+    # Relevance is conserved below: the signed map at the image sums to the signed evidence that passed.
+    assert torch.allclose(e.maps[:, 0].sum((1, 2)), (gate * (evidence[1] - evidence.mean(0))).sum((1, 2)))
+
+
 class Vectors(nn.Module):
     def __init__(self, classes):
         super().__init__()

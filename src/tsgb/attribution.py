@@ -271,6 +271,8 @@ def _why_empty(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], whole: bool
     """For each image and class why its map has no positive value, or None."""
     maps = [r.sum(2) if whole and x.dim() > 2 else r for r, x in zip(done.relevance, inputs, strict=True)]
     positive = torch.stack([values.flatten(2).amax(2) > 0 for values in maps]).any(0).T.tolist()
+    if all(flag for row in positive for flag in row):
+        return [[None] * len(row) for row in positive]
     reached = torch.stack([values.flatten(2).any(2) for values in maps]).any(0).T.tolist()
     arrived = done.arrived.T.tolist()
     return [

@@ -141,14 +141,13 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         seeds = _one_hot(indices, score)
     heads = run.find_heads(score, count, one_each=done.scores is None)
     run.coverage.check_positions()
-    rule = request.table.get(rule_tables.RIVALS)
     columns: list[list[Tensor]] = []
     arrived: list[Tensor] = []
     step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
     for start in range(0, len(seeds), step):
         classes = seeds[start : start + step]
         with torch.autocast(leaves[0].device.type, enabled=False):
-            rows, reading = _rows(rule, score, classes, done.scores is None)
+            rows, reading = _rows(request.table, score, classes, done.scores is None)
             found = heads.read_by(reading)
             is_last = start + step >= len(seeds)
             if reading is None:
@@ -212,19 +211,20 @@ def _relevance(leaf: Tensor, grad: Tensor | None, count: int, whole: bool) -> Te
     return relevance.sum(2) if not whole and image.dim() > 2 else relevance
 
 
-def _rows(rule: Any, score: Tensor, classes: Tensor, is_logits: bool) -> tuple[Tensor, Reading | None]:
+def _rows(table: rule_tables.Table, score: Tensor, classes: Tensor, is_logits: bool) -> tuple[Tensor, Reading | None]:
     """What goes backward for the classes asked for: they alone, or with what they compete with.
 
     Args:
-        rule: the table's for rivals, or None. ``classes``: seeds (K, *shape of the score).
+        table: of rules. ``classes``: seeds (K, *shape of the score).
+        is_logits: whether the score holds one number for each class.
 
     Returns:
         The seeds of the classes, of the highest logits, and of the mean of all; and what reads them.
     """
-    if rule is None:
-        return classes, None
-    if not is_logits or score.shape[1] < 2:
-        return classes, Reading(rule, len(classes), 0)
+    rule = table.get(rule_tables.RIVALS)
+    if rule is None or not is_logits or score.shape[1] < 2:
+        is_read = rule is not None or rule_tables.MAP in table
+        return classes, Reading(None, len(classes), 0) if is_read else None
     rivals = _one_hot(score.detach().topk(min(_RIVALS, score.shape[1])).indices, score)
     mean = torch.full_like(score.detach(), 1 / score.shape[1])[None]
     return torch.cat([classes, rivals, mean]), Reading(rule, len(classes), len(rivals))

@@ -75,7 +75,7 @@ class Backprop(TorchFunctionMode):
         self._openers = {operators.name(function) for function in rules.GATES}
         self._bending = {operators.name(function) for function in rules.ACTIVATIONS}
         self._f = table[rules.F] if f is None else f
-        self._is_reading = rules.RIVALS in table
+        self._is_reading = rules.RIVALS in table or rules.MAP in table
         self.coverage = Coverage()
         self.has_shifts = False  # whether a constant was added to what comes from the image
         self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
@@ -116,7 +116,7 @@ class Backprop(TorchFunctionMode):
             seen.append(_constant(tensor))
             return seen[-1]
 
-        args, kwargs = mapped(constant, args), mapped(constant, kwargs)
+        args, kwargs = mapped(constant, args), mapped(constant, kwargs) if kwargs else kwargs
         if self._kept.waiting and name not in UNREAD:
             self._kept.settle(seen)
         depending = sum([t.requires_grad for t in seen])
@@ -373,7 +373,7 @@ def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Ten
             others.append(tensor)
         return SLOT
 
-    args, kwargs = mapped(taken, call.args[1:]), mapped(taken, call.kwargs)
+    args, kwargs = mapped(taken, call.args[1:]), mapped(taken, call.kwargs) if call.kwargs else call.kwargs
     return Ruling(call.name, args, kwargs, function, rule, others=others, **roles)
 
 

@@ -26,7 +26,8 @@ class Reading:
     """One backward's reading: of rows for K classes asked for, R that may be their rivals, and the mean of all.
 
     Args:
-        rivalry: the table's rule, see `rules.rivalry`. ``asked``: K. ``rivals``: R, 0 for none and no mean.
+        rivalry: the table's rule, see `rules.rivalry`; None where nothing competes, and no row is the mean.
+        asked: K. ``rivals``: R.
 
     Attributes:
         fields: what each convolution shares, one number a position: (K, N, *positions).
@@ -34,7 +35,7 @@ class Reading:
             where there is no top.
     """
 
-    def __init__(self, rivalry: Rivalry, asked: int, rivals: int) -> None:
+    def __init__(self, rivalry: Rivalry | None, asked: int, rivals: int) -> None:
         self._rivalry, self._asked, self._rivals = rivalry, asked, rivals
         self.fields: list[Tensor] = []
         self.evidence: Tensor | None = None
@@ -95,7 +96,7 @@ class Reading:
         """How far each class holds each position (K, N, *positions), of the evidence of all rows."""
         own = self._own(evidence)
         gate = torch.ones_like(own)
-        if self._rivals:
+        if self._rivalry is not None:
             gate = self._rivalry(evidence[: self._asked + self._rivals], self._asked)
         passed = (own * gate).clamp(min=0).flatten(2).sum(2)
         self.evidence = passed if self.evidence is None else self.evidence + passed
@@ -103,7 +104,7 @@ class Reading:
 
     def _own(self, rows: Tensor) -> Tensor:
         """Of all rows those asked for, less what all classes share."""
-        return rows[: self._asked] - rows[-1:] if self._rivals else rows
+        return rows if self._rivalry is None else rows[: self._asked] - rows[-1:]
 
     def _part(self, part: Part, gate: Tensor) -> Part:
         """A part for the classes asked for, weighed by a field (K, N, 1, *)."""

@@ -116,7 +116,7 @@ def _convolution(
     # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so only
     # where nothing is seen, and lost anyway.
     with untraced():
-        may_be_zero = bias is None and (is_heavy or int(weight.count_nonzero()) < weight.numel())
+        may_be_zero = bias is None and (is_heavy or _holds_zero(weight))
 
     def begin(o: Tensor) -> Convolution:
         has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero
@@ -132,6 +132,10 @@ def _convolution(
     return Start((x,), begin, lambda: waiting.empty(windows), waiting=waiting)
 
 
+def _holds_zero(weight: Tensor) -> bool:
+    return weight.numel() > 0 and not bool(weight.abs().amin())  # half the time of a count of the zeros
+
+
 def _as_contiguous(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run a convolution whose weights are many: for an image channels last torch would rearrange them at each call."""
     return function(x.contiguous(), weight, bias).contiguous(memory_format=torch.channels_last)
@@ -144,7 +148,7 @@ def _linear(keep: Keep, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         return None
     windows, below, is_positive = Windows.of((1,) * (x.dim() - 2), 1, 0, 1), _taken(x, is_last=True), _is_positive(x)
     with untraced():
-        may_be_zero = bias is None and int(weight.count_nonzero()) < weight.numel()
+        may_be_zero = bias is None and _holds_zero(weight)
     if may_be_zero:
         return None
     return Start((x,), lambda _: Convolution(x, None, windows, 1, below, is_positive, keep, is_last=True))
@@ -188,7 +192,7 @@ def _scaled(call: Call, keep: Keep) -> Start | None:
         if factor.numel() > _FEW:
             return None
         with untraced():
-            may_be_zero = int(factor.count_nonzero()) < factor.numel()
+            may_be_zero = _holds_zero(factor)
     elif isinstance(factor, (int, float)):
         may_be_zero = factor == 0
     else:
