@@ -241,6 +241,11 @@ def test_of_channels_each_has_its_share():
     assert torch.allclose(whole.sum(1), maps[:, 0], atol=1e-6)
 
 
+def test_there_is_no_f():
+    with pytest.raises(ValueError, match=r"these rules have no f.*got f=0.5: leave it out"):
+        tsgb.explain(Chain().eval(), torch.rand(1, 3, 8, 8), 1, f=0.5, rules=DEPTHS)
+
+
 def test_compiled():
     torch.manual_seed(0)
     model, x = Chain(25).eval(), torch.rand(2, 3, 16, 16)

@@ -70,6 +70,8 @@ def check_table(table: Any, f: Any) -> None:
         raise ValueError(f"rules must be a table with the keys HEAD and F, {how}; it lacks {', '.join(missing)}")
     if f is not None and (not isinstance(f, (int, float)) or not math.isfinite(f)):
         raise ValueError(f"f must be a number, usually 0 to 1, or None, got {f!r}")
+    if f is not None and table[rules.F] is None:
+        raise ValueError(f"these rules have no f, as their head keeps its own gradient, got f={f!r}: leave it out")
 
 
 def check_mode(model: Any) -> None:

@@ -23,7 +23,7 @@ class Heads:
     Args:
         target: the logits, or what was computed from them, for ``count`` images.
         coverage: of the forward, in which what is above is counted as ordinary.
-        f: the number, or what tells it from whether the network has hidden linear layers.
+        f: the number, or what tells it from whether the network has hidden linear layers; None where there is none.
         one_each: whether one value of each image's logits is asked for at a time.
 
     Attributes:
@@ -34,7 +34,7 @@ class Heads:
     """
 
     def __init__(
-        self, target: Tensor, coverage: Coverage, f: float | Callable[[bool], float], count: int, one_each: bool
+        self, target: Tensor, coverage: Coverage, f: float | Callable[[bool], float] | None, count: int, one_each: bool
     ) -> None:
         self.rulings: list[Ruling] = []
         self.above: list[str] = []
@@ -70,7 +70,7 @@ class Heads:
         self._nodes, self._below = nodes, below
         edges = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
         first = [ruling for edge in edges for ruling in _first(edge)]
-        self.f = f(any(ruling.on_vector for ruling in first)) if callable(f) else float(f)
+        self.f = f(any(ruling.on_vector for ruling in first)) if callable(f) else float(f or 0)
         for ruling in coverage.met:
             ruling.f = None
         for head in self.rulings:

@@ -8,13 +8,13 @@ not name keeps it too, but is reported. Three keys are no functions but roles th
 - ``CONSTANT``: operators one of whose operands does not depend on the image (``x - mean``);
 - ``GATE``: products of a signal and a gate (``x * sigmoid(y)``).
 
+``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`), or None where there is
+none. To change a rule, make a table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
+
 Two say how the map is read of the backward; without them it is the relevance at the image:
 
 - ``RIVALS``: how classes compete where their evidence meets the map, see `rivalry`;
 - ``MAP``: how the fields of all depths make one map, see `depths`.
-
-``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`). To change a rule, make a
-table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
 """
 
 from collections.abc import Callable
@@ -204,7 +204,7 @@ DEPTHS: Table = _Named(
     {
         **DEFAULT,
         HEAD: {operator: partial(gradient_head, function=operator) for operator in DEFAULT[HEAD]},
-        F: 0.0,
+        F: None,
         RIVALS: rivalry,
         MAP: depths,
     },
