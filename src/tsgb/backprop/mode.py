@@ -28,7 +28,7 @@ from .heads import Heads
 from .nodes import SLOT, Handed, Job, Ruled, Ruling
 from .operators import Call, mapped
 from .relevance import LostError
-from .saved import Kept
+from .saved import Kept, separate
 from .starts import start
 
 # What a tensor tells without being read, of which no more need be known.
@@ -176,7 +176,7 @@ class Backprop(TorchFunctionMode):
             with self._kept.watching():
                 output = operators.plain(func, args, kwargs)
             if not self._is_handing:
-                output = _separate(args, output)
+                output = separate(args, output)
             elif any(t.requires_grad for t in operators.tensors(output)):  # and not the number of its dimensions
                 self._keep_outputs(call)
             return self._read(self._note(call, output))
@@ -382,16 +382,6 @@ def _constant(tensor: Tensor) -> Tensor:
     if tensor.is_inference():
         return tensor.clone()
     return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
-
-
-def _separate(args: tuple[Any, ...], outputs: Any) -> Any:
-    """Let views that one call returned together (``x.chunk(2)``) be written in place, as they may be without grad."""
-    if type(outputs) not in (tuple, list) or not args or not isinstance(args[0], Tensor):
-        return outputs
-    storage = args[0].untyped_storage().data_ptr()
-    if not all(isinstance(t, Tensor) and t._is_view() and t.untyped_storage().data_ptr() == storage for t in outputs):
-        return outputs
-    return type(outputs)(args[0].as_strided(t.shape, t.stride(), t.storage_offset()) for t in outputs)
 
 
 def _held(tensor: Tensor) -> Tensor:

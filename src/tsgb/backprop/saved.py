@@ -156,6 +156,16 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 cell.tensor = copies[view]
 
 
+def separate(args: tuple[Any, ...], outputs: Any) -> Any:
+    """Let views that one call returned together (``x.chunk(2)``) be written in place, as they may be without grad."""
+    if type(outputs) not in (tuple, list) or not args or not isinstance(args[0], Tensor):
+        return outputs
+    storage = args[0].untyped_storage().data_ptr()
+    if not all(isinstance(t, Tensor) and t._is_view() and t.untyped_storage().data_ptr() == storage for t in outputs):
+        return outputs
+    return type(outputs)(args[0].as_strided(t.shape, t.stride(), t.storage_offset()) for t in outputs)
+
+
 def _storage(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
