@@ -1,5 +1,7 @@
 """The map of all depths: where classes compete, and what the fields of the convolutions make together."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,30 @@ def test_handed_on_or_plainly_it_is_one_map(name):
         error = (fast.relevance[0][k] - slow.relevance[0][0]).norm() / slow.relevance[0].norm()
         assert error < (1e-3 if name == "convnext_tiny" else 1e-8)
         assert torch.equal(fast.arrived[k], slow.arrived[0])
+
+
+def test_a_convolution_right_below_pooling_is_a_top_itself():
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)
+    )
+    model, x = model.eval().double(), torch.rand(2, 3, 14, 14, dtype=torch.float64)
+    target = model(x).detach().topk(1).indices
+    fast, slow = (_passed(model, x, target, handing).relevance[0] for handing in (True, False))
+    assert fast.any()
+    assert torch.allclose(fast, slow, atol=1e-12)
+
+
+@pytest.mark.parametrize("handing", [True, False])
+def test_nothing_is_left_behind(handing):
+    model, x, target = Chain().eval(), torch.rand(2, 3, 16, 16), torch.tensor([[1], [2]])
+    _passed(model, x, target, handing)
+    gc.collect()
+    before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    for _ in range(3):
+        _passed(model, x, target, handing)
+    gc.collect()
+    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= before
 
 
 def test_a_class_has_one_map_whatever_else_is_asked(monkeypatch):

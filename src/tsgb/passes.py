@@ -148,11 +148,11 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         classes = seeds[start : start + step]
         with torch.autocast(leaves[0].device.type, enabled=False):
             rows, reading = _rows(request.table, score, classes, done.scores is None)
-            found = heads.read_by(reading)
             is_last = start + step >= len(seeds)
             if reading is None:
                 grads = _gradients(score, leaves, rows, not is_last, done.handing)
             else:
+                found = heads.read_by(reading)
                 with reading.hooked(found):
                     if not done.handing:
                         reading.listen(found, score, rows)

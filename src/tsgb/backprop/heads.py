@@ -76,11 +76,11 @@ class Heads:
         for head in self.rulings:
             head.f, head.count, head.is_single = self.f, count, one_each and not self.above
 
-    def read_by(self, reading: Reading | None) -> list[Node]:
+    def read_by(self, reading: Reading) -> list[Node]:
         """Let a reading note what the convolutions below share; give the nodes where the classes compete."""
         for node in self._below:
             ruling = graph.ruling_of(node)
-            if ruling is not None and ruling.is_whole and ruling not in self.rulings:
+            if ruling is not None and ruling.is_whole and ruling.f is None:  # and is no head
                 ruling.reading = reading
                 if ruling.handing is not None:
                     ruling.handing.reading = reading

@@ -55,6 +55,7 @@ class Reading:
         finally:
             for handle in handles:
                 handle.remove()
+            self._gates.clear()  # a reading lives on nodes, so it may hold none: they would keep each other alive
 
     def listen(self, found: Sequence[Node], score: Tensor, rows: Tensor) -> None:
         """Hear the rows one by one, where gradients of one class go backward: within `hooked`."""
@@ -65,6 +66,7 @@ class Reading:
         for key, heard in self._heard.items():
             self._gates[key] = self._gate(torch.stack(heard))
         self._heard = None
+        self.fields.clear()  # a convolution that is a top itself has noted all rows
 
     def _met(self, node: Node, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         given = [None if grad is None else self._weighed((node, nr), grad) for nr, grad in enumerate(grads)]
