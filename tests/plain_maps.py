@@ -12,10 +12,11 @@ def rivalry(evidence, asked, alike=0.5, temperature=4.0, floor=0.3):
     gate = torch.zeros_like(evidence[:asked])
     for n in range(count):
         for k in range(asked):
-            rivals = [r for r in range(asked, rows) if _correlation(evidence[k, n], evidence[r, n]) < alike]
+            unlike = {r: (alike + 0.1 - _correlation(evidence[k, n], evidence[r, n])) / 0.2 for r in range(asked, rows)}
+            rivals = {r: min(1.0, share) for r, share in unlike.items() if share > 0}
             for p in places:
                 own = math.exp(len(places) * evidence[(k, n, *p)] / temperature)
-                others = sum(math.exp(len(places) * evidence[(r, n, *p)] / temperature) for r in rivals)
+                others = sum(w * math.exp(len(places) * evidence[(r, n, *p)] / temperature) for r, w in rivals.items())
                 gate[(k, n, *p)] = floor + (1 - floor) * own / (own + others)
     return gate
 

@@ -100,11 +100,13 @@ def test_the_logits_are_the_models_own():
 
 def test_f_in_one_word():
     model, x = Small(), images()
-    assert tsgb.explain(model, x, 0).f == 0.75
+    assert tsgb.explain(model, x, 0).f is None
+    assert tsgb.explain(model, x, 0, rules=rules.PIXELS).f == 0.75
     assert tsgb.explain(model, x, 0, rules=rules.PAPER).f == 1.0
-    sums = {f: float(tsgb.explain(model.double(), x.double(), 0, f=f).maps.sum()) for f in (0.0, 0.5, 1.0)}
+    model, x = model.double(), x.double()
+    sums = {f: float(tsgb.explain(model, x, 0, rules=rules.PIXELS, f=f).maps.sum()) for f in (0.0, 0.5, 1.0)}
     assert sums[0.5] == pytest.approx((sums[0.0] + sums[1.0]) / 2, rel=1e-9)
-    assert tsgb.explain(model, x.double(), 0, rules={**rules.DEFAULT, rules.F: 0.5}).f == 0.5
+    assert tsgb.explain(model, x, 0, rules={**rules.PIXELS, rules.F: 0.5}).f == 0.5
 
 
 # Targets.
@@ -155,8 +157,9 @@ def test_a_callable_target():
     e = tsgb.explain(model, x, lambda output: output[:, 1])
     assert e.targets.tolist() == [[-1]] * 4
     assert torch.equal(e.maps, tsgb.explain(model, x, 1).maps)
-    difference = tsgb.explain(model.double(), x.double(), lambda output: output[:, 1] - output[:, 2]).maps
-    parts = [tsgb.explain(model, x.double(), k).maps for k in (1, 2)]
+    model, x, table = model.double(), x.double(), rules.PIXELS
+    difference = tsgb.explain(model, x, lambda output: output[:, 1] - output[:, 2], rules=table).maps
+    parts = [tsgb.explain(model, x, k, rules=table).maps for k in (1, 2)]
     assert torch.allclose(difference, parts[0] - parts[1], rtol=1e-9, atol=1e-12)
 
 
@@ -239,14 +242,19 @@ def test_other_outputs_say_how():
     ):
         with pytest.raises(tsgb.TargetError, match=message):
             tsgb.explain(output, x, 0)
-    e = tsgb.explain(lambda x: {"a": model(x), "b": model(x)}, x, lambda output: output["b"][:, 0])
+    table = rules.PIXELS
+    e = tsgb.explain(lambda x: {"a": model(x), "b": model(x)}, x, lambda output: output["b"][:, 0], rules=table)
     assert e.logits is None
-    assert torch.equal(e.maps, tsgb.explain(model, x, 0).maps)
+    assert torch.equal(e.maps, tsgb.explain(model, x, 0, rules=table).maps)
 
 
 def test_a_region_of_a_segmentation():
     model, x = Small(), images()
-    e = tsgb.explain(lambda x: model.conv2(model.features(x)), x, lambda output: output[:, 2, 3:6, 3:6].mean((1, 2)))
+
+    def region(output):
+        return output[:, 2, 3:6, 3:6].mean((1, 2))
+
+    e = tsgb.explain(lambda x: model.conv2(model.features(x)), x, region, rules=rules.PIXELS)
     assert e.logits.shape == (4, 6, 12, 12)
     assert not e.maps[:, 0, 10:].any()  # out of reach of the region
 
@@ -564,12 +572,14 @@ def test_why_a_map_is_empty():
     with torch.no_grad():
         model.head.weight[1] = -1
         model.head.weight[2] = 1
-    e = tsgb.explain(model, x, [[1, 2]] * 4)
-    assert all(cut is not None and cut.startswith("logit cut by a ReLU at the head") for cut, _ in e.why_empty)
-    assert all(fine is None for _, fine in e.why_empty)
-    assert not e.maps[:, 0].any()
-    assert tsgb.explain(model, torch.zeros_like(x), 2).why_empty[0][0].startswith("the image is zero everywhere")
-    against = tsgb.explain(Small(), x, lambda output: -output[:, 0], f=0.0)
+    for table in (rules.DEFAULT, rules.plain(rules.DEFAULT), rules.PIXELS):
+        e = tsgb.explain(model, x, [[1, 2]] * 4, rules=table)
+        assert all(cut is not None and cut.startswith("logit cut by a ReLU at the head") for cut, _ in e.why_empty)
+        assert all(fine is None for _, fine in e.why_empty)
+        assert not e.maps[:, 0].any()
+    nothing = tsgb.explain(model, torch.zeros_like(x), 2, rules=rules.PIXELS)
+    assert nothing.why_empty[0][0].startswith("the image is zero everywhere")
+    against = tsgb.explain(Small(), x, lambda output: -output[:, 0], rules=rules.PIXELS, f=0.0)
     assert {reason for row in against.why_empty for reason in row} <= {
         None, "evidence against the target outweighs the evidence for it at every pixel",
     }  # fmt: skip

@@ -24,7 +24,7 @@ def relative(ours, theirs):
 
 
 @pytest.mark.parametrize("network", SPELLED, ids=lambda network: network.__name__)
-@pytest.mark.parametrize("table", ["DEFAULT", "PAPER"])
+@pytest.mark.parametrize("table", ["PIXELS", "PAPER"])
 def test_a_spelling_agrees_with_its_twin(network, table):
     model, x = network(), images()
     paper = table == "PAPER"
@@ -39,7 +39,7 @@ def test_a_spelling_agrees_with_its_twin(network, table):
 def test_the_spellings_are_many_and_differ_in_table():
     assert len(SPELLED) >= 18
     x = images()
-    maps = [tsgb.explain(InPlaceModules(), x, 3, rules=table).maps for table in (rules.PAPER, rules.DEFAULT)]
+    maps = [tsgb.explain(InPlaceModules(), x, 3, rules=table).maps for table in (rules.PAPER, rules.PIXELS)]
     assert relative(*maps) > 1e-3
 
 
@@ -60,7 +60,7 @@ def test_a_model_that_normalises_its_input_gets_the_map_of_the_one_that_is_fed_n
 def test_a_zero_pixel_that_nothing_shifts_carries_nothing():
     x = images()
     x[:, :, 2:5] = 0
-    assert not tsgb.explain(InPlaceModules(), x, 2).maps[:, :, 2:5].any()
+    assert not tsgb.explain(InPlaceModules(), x, 2, rules=rules.PIXELS).maps[:, :, 2:5].any()
 
 
 def test_a_dynamic_weight_is_held_constant():
@@ -145,7 +145,7 @@ def test_two_heads_are_both_heads():
             y = functional.relu(self.norm1(self.conv1(x)))
             return self.head(y.mean((2, 3))) + self.head(y.amax((2, 3)))
 
-    assert ("linear", "linear_head", 2) in tsgb.explain(TwoHeads(), images(), 0).coverage
+    assert ("linear", "gradient_head", 2) in tsgb.explain(TwoHeads(), images(), 0).coverage
 
 
 def test_a_head_that_the_table_does_not_know_is_an_error():
@@ -187,9 +187,9 @@ def test_copies_are_made_on_write_only_and_nothing_is_kept():
 
 
 def test_the_innermost_table_is_not_changed():
-    before = dict(rules.DEFAULT)
-    tsgb.explain(InPlaceModules(), images(), 0, f=0.3)
-    assert before == rules.DEFAULT
+    before = dict(rules.PIXELS)
+    tsgb.explain(InPlaceModules(), images(), 0, rules=rules.PIXELS, f=0.3)
+    assert before == rules.PIXELS
 
 
 class OwnLinear(torch.autograd.Function):
@@ -227,8 +227,8 @@ def test_the_head_may_lie_in_the_target():
     def pooled(x):
         return functional.relu(model.norm1(model.conv1(x))).mean((2, 3))
 
-    inside = tsgb.explain(lambda x: pooled(x) @ probe.T, x, 2)
-    outside = tsgb.explain(pooled, x, lambda output: (output @ probe.T)[:, 2])
+    inside = tsgb.explain(lambda x: pooled(x) @ probe.T, x, 2, rules=rules.PIXELS)
+    outside = tsgb.explain(pooled, x, lambda output: (output @ probe.T)[:, 2], rules=rules.PIXELS)
     assert relative(outside.maps, inside.maps) < 1e-12
     changed = tsgb.explain(model, x, lambda output: output.mul_(3)[:, 1])
     assert torch.equal(changed.logits, tsgb.explain(model, x, 1).logits)

@@ -204,12 +204,26 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
         ({"metrics": ["energie"]}, "'energie' is no metric: choose among mask_ap,"),
         ({"methods": ["tsgb", "tsgb"]}, "each once"),
         ({"methods": []}, "one or more"),
+        ({"pictures": "odd"}, "pictures must be a Python slice, as '1::2' or ':100', got 'odd'"),
+        ({"pictures": "::0"}, "must be a Python slice"),
+        ({"pictures": "5000:"}, "takes none of the 1000 of scenes"),
     ],
 )
 def test_a_wrong_name_says_which_are_right(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         bench.run(job(tmp_path / "b", **options), limit=1, workers=1)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_slice_of_the_pictures_is_judged_and_named(tmp_path):
+    found = bench.run(job(tmp_path / "b", metrics=["pointing"], pictures="1::2"), limit=3, workers=1)
+    assert {record["unit"] for record in records.read(tmp_path / "b" / "records.jsonl")} == {
+        "scene-000001",
+        "scene-000003",
+        "scene-000005",
+    }
+    assert "3 images of [1::2]" in bench.markdown(found)
+    assert "3 images of [1::2]" in (tmp_path / "b" / "index.html").read_text()
 
 
 @pytest.fixture

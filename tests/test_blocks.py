@@ -282,7 +282,7 @@ def test_a_network_with_the_block_conserves_relevance(name, handing):
         features.append(block(functional.leaky_relu(stem(x), 0.2)).mean((2, 3)))
         return head(features[-1])
 
-    table = rules.DEFAULT if handing else rules.plain(rules.DEFAULT)
+    table = rules.PIXELS if handing else rules.plain(rules.PIXELS)
     explanation = tsgb.explain(model, x, [[0, 1], [2, 4]], rules=table)
     assert explanation.f == 0.75
     evidence = head.weight[explanation.targets] * features[0].detach()[:, None]

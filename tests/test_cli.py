@@ -140,10 +140,11 @@ def test_record_tells_what_was_run():
     scene("cat.png")
     torch.save(tiny_networks.chain().state_dict(), "mine.pth")
     options = ["--model", CNN, "--weights", "mine.pth", "--target", 1, "--target", 3]
-    found = explained("cat.png", *options, "--size", "32", "--mean", "0.25", "--std", "0.5,0.25,1", "--f", "0.5")
+    pixels = ["--method", "tsgb-pixels", "--f", "0.5"]
+    found = explained("cat.png", *options, "--size", "32", "--mean", "0.25", "--std", "0.5,0.25,1", *pixels)
     network = tsgb.load(CNN, size=32, mean=(0.25, 0.25, 0.25), std=(0.5, 0.25, 1))
     tensor = network.preprocessing.tensor(pictures.read("cat.png"))[None]
-    e = tsgb.explain(network.model, tensor, [[1, 3]], f=0.5)
+    e = tsgb.explain(network.model, tensor, [[1, 3]], rules=tsgb.rules.PIXELS, f=0.5)
     with torch.inference_mode():
         logits = network.model(tensor)[0]
     for k, (entry, target) in enumerate(zip(found, (1, 3), strict=True)):
@@ -156,7 +157,7 @@ def test_record_tells_what_was_run():
         assert (entry["target"], entry["target_name"]) == (target, tiny_networks.NAMES[target])
         assert entry["logit"] == pytest.approx(float(logits[target]), abs=1e-6)
         assert entry["probability"] == pytest.approx(float(logits.softmax(0)[target]), abs=1e-6)
-        assert (entry["method"], entry["rules"], entry["f"]) == ("tsgb", "DEFAULT", 0.5)
+        assert (entry["method"], entry["rules"], entry["f"]) == ("tsgb-pixels", "PIXELS", 0.5)
         assert entry["coverage"] == [list(row) for row in e.coverage]
         assert ["conv2d", "conv", 1] in entry["coverage"]
         assert entry["why_empty"] is None
@@ -178,7 +179,7 @@ def test_method_of_the_paper():
     (default,) = explained("cat.png", "--model", CNN, "--target", 0)
     usual = np.load("out/cat_0.npy")
     (paper,) = explained("cat.png", "--model", CNN, "--target", 0, "--method", "tsgb-paper")
-    assert (default["rules"], paper["rules"]) == ("DEFAULT", "PAPER")
+    assert (default["rules"], default["f"], paper["rules"], paper["f"]) == ("DEFAULT", None, "PAPER", 1.0)
     assert not np.allclose(usual, np.load("out/cat_0.npy"))
 
 
@@ -401,7 +402,7 @@ def test_no_output_replaces_a_picture(reverse):
     ("wrong", "words"),
     [
         (["--nonsense"], ["--nonsense"]),
-        (["--method", "nonsense"], ["--method", "tsgb, tsgb-depths, tsgb-paper", "'nonsense'"]),
+        (["--method", "nonsense"], ["--method", "tsgb, tsgb-pixels, tsgb-paper", "'nonsense'"]),
         (["--size", "abc"], ["--size", "'abc'"]),
         (["--size", "3x4x5"], ["--size", "'3x4x5'"]),
         (["--mean", "1,2"], ["--mean", "'1,2'"]),
@@ -470,7 +471,7 @@ def test_doctor_passes_a_network_and_lists_its_operators():
     assert not [line for line in checks if line.startswith("FAIL")]
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["conv2d", "conv", "1"] in rows
-    assert ["linear", "linear_head", "1"] in rows
+    assert ["linear", "gradient_head", "1"] in rows
 
 
 @pytest.mark.parametrize("model", ["bundled", "bundled-vgg"])
@@ -523,8 +524,8 @@ def test_cat_and_dog(shared, mobilenet):
     assert [(entry["target"], entry["target_name"]) for entry in found] == [(243, "bull mastiff"), (282, "tiger cat")]
     dog, cat = (np.maximum(np.load(Path("out", entry["map"])), 0) for entry in found)
     assert dog.shape == cat.shape == (224, 224)
-    assert dog[:112].sum() >= 0.8 * dog.sum()
-    assert cat[112:].sum() >= 0.8 * cat.sum()
+    assert dog[:112].sum() >= 0.75 * dog.sum()
+    assert cat[112:].sum() >= 0.75 * cat.sum()
 
 
 @needs_torchvision

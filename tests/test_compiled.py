@@ -71,7 +71,7 @@ def test_every_target_that_explain_takes(target):
     assert ours.maps.dtype == theirs.maps.dtype
 
 
-@pytest.mark.parametrize("table", ["DEFAULT", "PAPER"])
+@pytest.mark.parametrize("table", ["DEFAULT", "PIXELS", "PAPER"])
 @pytest.mark.parametrize("network", SPELLED)
 def test_every_spelling(network, table):
     model, table = network(), getattr(rules, table)

@@ -13,7 +13,7 @@ import tsgb
 from tsgb import passes, rules
 from tsgb.vision import import_torchvision
 
-DEPTHS = rules.DEPTHS
+DEFAULT = rules.DEFAULT
 
 
 @pytest.mark.parametrize("asked", [1, 3])
@@ -90,13 +90,13 @@ def test_a_network_written_out():
         fields.append((below * one).sum(1)[None])
         found = plain_maps.depths(fields, (12, 10))
         found *= own.clamp(min=0).sum() / found.clamp(min=0).sum()
-    e = tsgb.explain(model, x, target, rules=DEPTHS)
+    e = tsgb.explain(model, x, target, rules=DEFAULT)
     assert torch.allclose(e.maps, found, atol=1e-12)
     assert gate.min() < 0.9, "no rival had a say"
 
 
 def _passed(model, x, target, handing):
-    request = passes.Request(model, DEPTHS, None)
+    request = passes.Request(model, DEFAULT, None)
     with torch.enable_grad():
         return passes.backward(request, target, passes.forward(request, (x,), target, handing))[0]
 
@@ -154,11 +154,11 @@ def test_nothing_is_left_behind(handing):
 def test_a_class_has_one_map_whatever_else_is_asked(monkeypatch):
     torch.manual_seed(0)
     model, x = Chain(30).eval(), torch.rand(3, 3, 16, 16)
-    alone = tsgb.explain(model, x[1:2], 7, rules=DEPTHS).maps[0, 0]
-    together = tsgb.explain(model, x, [[3, 7, 9]] * 3, rules=DEPTHS).maps[1, 1]
+    alone = tsgb.explain(model, x[1:2], 7, rules=DEFAULT).maps[0, 0]
+    together = tsgb.explain(model, x, [[3, 7, 9]] * 3, rules=DEFAULT).maps[1, 1]
     assert torch.allclose(alone, together, atol=1e-5 * float(alone.abs().max()))
     monkeypatch.setattr(passes, "_AT_ONCE", 1)  # classes go backward one by one
-    by_one = tsgb.explain(model, x, [[3, 7, 9]] * 3, rules=DEPTHS).maps[1, 1]
+    by_one = tsgb.explain(model, x, [[3, 7, 9]] * 3, rules=DEFAULT).maps[1, 1]
     assert torch.allclose(alone, by_one, atol=1e-5 * float(alone.abs().max()))
 
 
@@ -171,15 +171,15 @@ def test_a_rival_elsewhere_takes_what_is_its_own():
     model[4].weight.data = torch.tensor([[30.0, 10], [10, 30]])
     x = torch.zeros(1, 3, 16, 16)
     x[:, 0, :, :8], x[:, 1, :, 8:] = 1, 1
-    with_rivals = tsgb.explain(model, x, 0, rules=DEPTHS).maps[0, 0]
-    without = tsgb.explain(model, x, 0, rules={**DEPTHS, rules.RIVALS: lambda e, k: torch.ones_like(e[:k])}).maps[0, 0]
+    with_rivals = tsgb.explain(model, x, 0, rules=DEFAULT).maps[0, 0]
+    without = tsgb.explain(model, x, 0, rules={**DEFAULT, rules.RIVALS: lambda e, k: torch.ones_like(e[:k])}).maps[0, 0]
     assert with_rivals[:, :4].mean() > 0 > with_rivals[:, 12:].mean() > without[:, 12:].mean()
 
 
 def test_the_map_sums_to_the_evidence_that_passed():
     torch.manual_seed(0)
     model, x = Chain().eval(), torch.rand(2, 3, 16, 16)
-    always = {**DEPTHS, rules.RIVALS: lambda evidence, asked: torch.ones_like(evidence[:asked])}
+    always = {**DEFAULT, rules.RIVALS: lambda evidence, asked: torch.ones_like(evidence[:asked])}
     maps = tsgb.explain(model, x, 1, rules=always).maps[:, 0]
     with torch.no_grad():
         top = torch.relu(model.b(torch.relu(model.a(x))))
@@ -191,13 +191,11 @@ def test_the_map_sums_to_the_evidence_that_passed():
 def test_a_table_may_ask_for_one_of_the_two():
     torch.manual_seed(0)
     model, x = Chain().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    deep = tsgb.explain(model, x, lambda out: out[:, 1], rules={**rules.DEFAULT, rules.MAP: rules.depths}).maps
-    ordinary = {key: DEPTHS[key] for key in (rules.HEAD, rules.F)}
-    same = tsgb.explain(
-        model, x, lambda out: out[:, 1], rules={**DEPTHS, rules.HEAD: rules.DEFAULT[rules.HEAD], rules.F: 0.75}
-    )
-    assert torch.allclose(deep, same.maps)
-    e = tsgb.explain(model, x, 1, rules={**rules.DEFAULT, **ordinary, rules.RIVALS: rules.rivalry})
+    deep, ordinary = {**rules.PIXELS, rules.MAP: rules.depths}, {key: DEFAULT[key] for key in (rules.HEAD, rules.F)}
+    maps = [tsgb.explain(model, x, 1, rules=table).maps for table in (deep, rules.plain(deep), rules.PIXELS, DEFAULT)]
+    assert torch.allclose(maps[0], maps[1])
+    assert all((maps[0] - other).norm() > 0.1 * other.norm() for other in maps[2:])
+    e = tsgb.explain(model, x, 1, rules={**rules.PIXELS, **ordinary, rules.RIVALS: rules.rivalry})
     with torch.no_grad():
         top = torch.relu(model.b(torch.relu(model.a(x))))
         evidence = torch.einsum("nchw,kc->knhw", top, 30 * model.c.weight) / top[0, 0].numel()
@@ -220,23 +218,58 @@ class Vectors(nn.Module):
 def test_other_dimensions_targets_and_heads():
     torch.manual_seed(0)
     x = torch.rand(2, 3, 20)
-    assert tsgb.explain(Vectors(5).eval(), x, "top2", rules=DEPTHS).maps.shape == (2, 2, 20)
-    assert tsgb.explain(Vectors(1).eval(), x, 0, rules=DEPTHS).maps.shape == (2, 1, 20)  # no rival, no mean of classes
-    assert tsgb.explain(Vectors(2).eval(), x, 1, rules=DEPTHS).maps.shape == (2, 1, 20)
+    assert tsgb.explain(Vectors(5).eval(), x, "top2", rules=DEFAULT).maps.shape == (2, 2, 20)
+    assert tsgb.explain(Vectors(1).eval(), x, 0, rules=DEFAULT).maps.shape == (2, 1, 20)  # no rival, no mean of classes
+    assert tsgb.explain(Vectors(2).eval(), x, 1, rules=DEFAULT).maps.shape == (2, 1, 20)
     block = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 3)).eval()
-    assert tsgb.explain(block, torch.rand(1, 1, 6, 6, 6), 2, rules=DEPTHS).maps.shape == (1, 1, 6, 6, 6)
+    assert tsgb.explain(block, torch.rand(1, 1, 6, 6, 6), 2, rules=DEFAULT).maps.shape == (1, 1, 6, 6, 6)
     segmenter = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()
     image = torch.rand(2, 3, 9, 9)
-    e = tsgb.explain(segmenter, image, lambda out: out[:, 2].sum((1, 2)), rules=DEPTHS)
+    e = tsgb.explain(segmenter, image, lambda out: out[:, 2].sum((1, 2)), rules=DEFAULT)
     assert e.maps.shape == (2, 1, 9, 9)
 
 
-def test_a_callable_and_its_class_differ_by_the_rivals_alone():
+@pytest.mark.parametrize("table", [DEFAULT, rules.plain(DEFAULT)], ids=["handing", "plain"])
+def test_a_callable_of_the_logits_competes_as_its_classes_do(table):
     torch.manual_seed(0)
     model, x = Chain().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    called = tsgb.explain(model, x, lambda out: out[:, 1] - out.mean(1), rules=DEPTHS).maps
-    always = {**DEPTHS, rules.RIVALS: lambda evidence, asked: torch.ones_like(evidence[:asked])}
-    assert torch.allclose(called, tsgb.explain(model, x, 1, rules=always).maps)
+    asked = tsgb.explain(model, x, [[1, 2]] * 2, rules=table).maps
+    assert torch.allclose(tsgb.explain(model, x, lambda out: 3 * out[:, 2], rules=table).maps[:, 0], 3 * asked[:, 1])
+    pixels = {key: rule for key, rule in table.items() if key != rules.MAP}
+    difference = tsgb.explain(model, x, lambda out: 5 * (out[:, 1] - out[:, 2]), rules=pixels)
+    with torch.no_grad():
+        top = torch.relu(model.b(torch.relu(model.a(x))))
+        evidence = torch.einsum("nchw,kc->knhw", top, 30 * model.c.weight) / top[0, 0].numel()
+        order = model(x).topk(4).indices
+    rows = torch.stack([evidence[order[:, r], torch.arange(2)] for r in range(4)])
+    own = (evidence[1] - evidence[2])[None]
+    weighed = own * rules.rivalry(torch.cat([own, rows]), 1)
+    assert torch.allclose(difference.maps.sum((2, 3))[:, 0], 5 * weighed[0].sum((1, 2)))  # which the pixels conserve
+
+
+class Beside(nn.Module):
+    """Logits, and features that they come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Chain()
+
+    def forward(self, x):
+        features = torch.relu(self.net.b(torch.relu(self.net.a(x))))
+        return self.net.c(features.mean((2, 3))) * 30, features
+
+
+def test_a_callable_that_reads_more_than_the_logits_does_not_compete():
+    torch.manual_seed(0)
+    model, x = Beside().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    alone = {key: rule for key, rule in DEFAULT.items() if key != rules.RIVALS}
+
+    for competes, target in (
+        (False, lambda out: out[0][:, 1] + out[1].mean((1, 2, 3))),
+        (True, lambda out: out[0][:, 1] + out[1].detach().mean((1, 2, 3))),
+    ):
+        maps = [tsgb.explain(model, x, target, rules=table).maps for table in (DEFAULT, alone)]
+        assert torch.equal(*maps) != competes
 
 
 class Two(nn.Module):
@@ -251,8 +284,8 @@ class Two(nn.Module):
 def test_of_several_inputs_each_has_its_relevance():
     torch.manual_seed(0)
     model, inputs = Two().double().eval(), (torch.rand(1, 3, 8, 8).double(), torch.rand(1, 1, 8, 8).double())
-    e = tsgb.explain(model, inputs, 1, rules=DEPTHS)
-    own = {**rules.DEFAULT, **{key: DEPTHS[key] for key in (rules.HEAD, rules.F)}}
+    e = tsgb.explain(model, inputs, 1, rules=DEFAULT)
+    own = {**rules.PIXELS, **{key: DEFAULT[key] for key in (rules.HEAD, rules.F)}}
     share = tsgb.explain(model, inputs, lambda out: out[:, 1] - out.mean(1), rules=own)
     assert [m.shape for m in e.maps] == [m.shape for m in share.maps]
     assert all(torch.isfinite(m).all() and m.any() for m in e.maps)
@@ -262,31 +295,31 @@ def test_of_channels_each_has_its_share():
     torch.manual_seed(0)
     model, x = Chain().eval(), torch.rand(2, 3, 16, 16)
     x[0, :, 3, 3] = 0  # a black pixel may be evidence too
-    whole = tsgb.TSGB(model, rules=DEPTHS).attribute(x, 1)
-    maps = tsgb.explain(model, x, 1, rules=DEPTHS).maps
+    whole = tsgb.TSGB(model, rules=DEFAULT).attribute(x, 1)
+    maps = tsgb.explain(model, x, 1, rules=DEFAULT).maps
     assert torch.allclose(whole.sum(1), maps[:, 0], atol=1e-6)
 
 
 def test_there_is_no_f():
     with pytest.raises(ValueError, match=r"these rules have no f.*got f=0.5: leave it out"):
-        tsgb.explain(Chain().eval(), torch.rand(1, 3, 8, 8), 1, f=0.5, rules=DEPTHS)
+        tsgb.explain(Chain().eval(), torch.rand(1, 3, 8, 8), 1, f=0.5, rules=DEFAULT)
 
 
 def test_compiled():
     torch.manual_seed(0)
     model, x = Chain(25).eval(), torch.rand(2, 3, 16, 16)
-    explainer = tsgb.compile(model, x, "top2", rules=DEPTHS, backend="eager")
+    explainer = tsgb.compile(model, x, "top2", rules=DEFAULT, backend="eager")
     other = torch.rand(2, 3, 16, 16)
-    expected = tsgb.explain(model, other, "top2", rules=DEPTHS).maps
+    expected = tsgb.explain(model, other, "top2", rules=DEFAULT).maps
     assert torch.allclose(explainer(other, "top2").maps, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_in_half_precision():
     model = tsgb.load("bundled").model
     x = torch.rand(2, 3, 128, 128)
-    expected = tsgb.explain(model, x, "top2", rules=DEPTHS).maps
+    expected = tsgb.explain(model, x, "top2", rules=DEFAULT).maps
     with torch.autocast("cpu", torch.bfloat16):
-        found = tsgb.explain(model, x, tsgb.explain(model, x, "top2").targets, rules=DEPTHS).maps
+        found = tsgb.explain(model, x, tsgb.explain(model, x, "top2").targets, rules=DEFAULT).maps
     assert found.dtype == torch.float32
     assert torch.corrcoef(torch.stack([found[:, 0].flatten(), expected[:, 0].flatten()]))[0, 1] > 0.999
 
@@ -310,7 +343,7 @@ def test_a_model_that_loses_what_is_handed_on():
     writes, spelled = Writes().double().eval(), Spelled().double().eval()
     spelled.load_state_dict(writes.state_dict())
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    one, other = (tsgb.explain(m, x, [[0, 1]] * 2, rules=DEPTHS).maps for m in (writes, spelled))
+    one, other = (tsgb.explain(m, x, [[0, 1]] * 2, rules=DEFAULT).maps for m in (writes, spelled))
     assert torch.allclose(one, other, atol=1e-12)
 
 
@@ -322,5 +355,5 @@ def test_functional_modules_shared_and_in_place():
         x = functional.relu(model.a(x), inplace=True)
         return 30 * model.c(functional.relu_(model.b(x)).mean((2, 3)))
 
-    expected = tsgb.explain(model, x, 1, rules=DEPTHS).maps
-    assert torch.allclose(tsgb.explain(run, x, 1, rules=DEPTHS).maps, expected, atol=1e-6)
+    expected = tsgb.explain(model, x, 1, rules=DEFAULT).maps
+    assert torch.allclose(tsgb.explain(run, x, 1, rules=DEFAULT).maps, expected, atol=1e-6)

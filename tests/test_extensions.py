@@ -82,7 +82,7 @@ def test_transposed_convolution_of_one_and_three_dimensions_is_that_of_two():
         (functional.local_response_norm, (3,)),
     ],
 )
-@pytest.mark.parametrize("table", [rules.PAPER, rules.DEFAULT], ids=["PAPER", "DEFAULT"])
+@pytest.mark.parametrize("table", [rules.PAPER, rules.PIXELS], ids=["PAPER", "PIXELS"])
 def test_relevance_passes_norms(norm, arguments, table):
     torch.manual_seed(0)
     x, grad = double(2, 4, 6, 5), double(2, 4, 6, 5)
@@ -152,7 +152,7 @@ class Spelled(nn.Module):
         return self.head(torch.relu(x))
 
 
-@pytest.mark.parametrize("table", [rules.PAPER, rules.DEFAULT], ids=["PAPER", "DEFAULT"])
+@pytest.mark.parametrize("table", [rules.PAPER, rules.PIXELS], ids=["PAPER", "PIXELS"])
 @pytest.mark.parametrize(
     "spelling",
     [{"second": how} for how in ("unfolded", "at", "linear")]

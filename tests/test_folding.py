@@ -96,8 +96,8 @@ def folded(monkeypatch):
 
 def assert_plain(model, x, targets=([0, 1], [3, 2])):
     """The logits of the model, and the maps of the plain form, which folds nothing."""
-    ours = tsgb.explain(model, x, list(targets))
-    theirs = tsgb.explain(model, x, list(targets), rules=rules.plain(rules.DEFAULT))
+    ours = tsgb.explain(model, x, list(targets), rules=rules.PIXELS)
+    theirs = tsgb.explain(model, x, list(targets), rules=rules.plain(rules.PIXELS))
     assert relative(ours.maps, theirs.maps) < 1e-5
     with torch.no_grad():
         assert torch.allclose(ours.logits, model(x), atol=1e-5)

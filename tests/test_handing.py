@@ -20,15 +20,16 @@ def relative(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def assert_handed(model, x, targets, table=rules.DEFAULT, tolerance=1e-8):
-    ours = tsgb.explain(model, x, targets, rules=table)
-    theirs = tsgb.explain(model, x, targets, rules=rules.plain(table))
-    assert theirs.maps.abs().sum() > 0
-    assert ours.coverage == theirs.coverage
-    assert relative(ours.maps, theirs.maps) < tolerance
-    for k in range(ours.maps.shape[1]):
-        alone = tsgb.explain(model, x, ours.targets[:, k], rules=table)
-        assert relative(alone.maps[:, 0], ours.maps[:, k]) < tolerance
+def assert_handed(model, x, targets, tables=(rules.DEFAULT, rules.PIXELS), tolerance=1e-8):
+    for table in tables:
+        ours = tsgb.explain(model, x, targets, rules=table)
+        theirs = tsgb.explain(model, x, targets, rules=rules.plain(table))
+        assert theirs.maps.abs().sum() > 0
+        assert ours.coverage == theirs.coverage
+        assert relative(ours.maps, theirs.maps) < tolerance
+        for k in range(ours.maps.shape[1]):
+            alone = tsgb.explain(model, x, ours.targets[:, k], rules=table)
+            assert relative(alone.maps[:, 0], ours.maps[:, k]) < tolerance
 
 
 # ---- windows
@@ -213,7 +214,11 @@ class Drawn(nn.Module):
 
 @settings(deadline=None, max_examples=80)
 @given(
-    st.data(), st.integers(0, 2**31), st.sampled_from(["DEFAULT", "PAPER"]), st.integers(12, 26), st.integers(12, 26)
+    st.data(),
+    st.integers(0, 2**31),
+    st.sampled_from(["DEFAULT", "PIXELS", "PAPER"]),
+    st.integers(12, 26),
+    st.integers(12, 26),
 )
 def test_a_network_drawn_at_random_gets_the_plain_map(data, seed, table, height, width):
     torch.manual_seed(seed)
@@ -342,11 +347,17 @@ def test_many_classes_go_backward_in_parts_that_fit(monkeypatch):
         nn.Linear(4, 30),
     ).double().eval()  # fmt: skip
     x, classes = torch.rand(2, 3, 12, 12).double(), [[*range(30)]] * 2
-    together = tsgb.explain(model, x, classes)
+    together = tsgb.explain(model, x, classes, rules=rules.PIXELS)
     arrived = []
     monkeypatch.setattr("tsgb.passes._AT_ONCE", 7 * x.numel())
     monkeypatch.setattr("tsgb.passes._gradients", lambda *a, f=passes._gradients: arrived.append(len(a[2])) or f(*a))
-    apart = tsgb.explain(model, x, classes)
+    apart = tsgb.explain(model, x, classes, rules=rules.PIXELS)
     assert arrived == [7, 7, 7, 7, 2]
     assert relative(apart.maps, together.maps) < 1e-12
     assert apart.why_empty == together.why_empty
+    del arrived[:]
+    monkeypatch.setattr("tsgb.passes._AT_ONCE", 2**26)
+    whole = tsgb.explain(model, x, classes).maps
+    monkeypatch.setattr("tsgb.passes._AT_ONCE", 7 * x.numel())
+    assert relative(tsgb.explain(model, x, classes).maps, whole) < 1e-12
+    assert arrived == [30 + 21, *[7 + 21] * 4, 2 + 21]  # with 20 rivals and the mean of all

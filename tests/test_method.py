@@ -174,7 +174,7 @@ def test_1_a_signed_map_sums_to_the_evidence_that_f_leaves(f, act, grouped):
     features = {}
     model.head.register_forward_pre_hook(lambda module, args: features.update(x=args[0].detach()))
     for target in range(3):
-        total = tsgb.explain(model, x, target, f=f).maps.flatten(1).sum(1)
+        total = tsgb.explain(model, x, target, rules=rules.PIXELS, f=f).maps.flatten(1).sum(1)
         z_for = (features["x"] * model.head.weight[target]).clamp(min=0).sum(1)
         assert torch.allclose(total, (1 - f) * z_for, rtol=1e-5, atol=1e-6)
 
@@ -185,7 +185,7 @@ def test_1_on_a_trained_network_with_skip_additions():
     features = {}
     (head,) = (module for module in model.modules() if isinstance(module, nn.Linear))
     head.register_forward_pre_hook(lambda module, args: features.update(x=args[0].detach()))
-    e = tsgb.explain(model, x)
+    e = tsgb.explain(model, x, rules=rules.PIXELS)
     z_for = (features["x"] * head.weight[e.targets[:, 0]]).clamp(min=0).sum(1)
     total = e.maps.flatten(1).sum(1)
     assert e.f == 0.75
@@ -194,13 +194,13 @@ def test_1_on_a_trained_network_with_skip_additions():
 
 def test_2_one_gradient_for_all_colours_of_one_sign():
     model, x = Chain(), images()
-    gradient = tsgb.TSGB(model).attribute(x, 1) / x
+    gradient = tsgb.TSGB(model, rules=rules.PIXELS).attribute(x, 1) / x
     field = gradient * x.sign()
     assert torch.allclose(field, field[:, :1].expand_as(field), rtol=1e-6, atol=1e-12)
-    maps = tsgb.explain(model, x, 1).maps[:, 0]
+    maps = tsgb.explain(model, x, 1, rules=rules.PIXELS).maps[:, 0]
     assert torch.allclose(maps, field[:, 0] * x.abs().sum(1), rtol=1e-6, atol=1e-12)
     x[:, :, 4, 4] = 0  # a pixel at the mean colour
-    assert not tsgb.explain(model, x, 1).maps[:, 0, 4, 4].any()
+    assert not tsgb.explain(model, x, 1, rules=rules.PIXELS).maps[:, 0, 4, 4].any()
 
 
 def test_3_below_a_convolution_the_map_is_a_linear_function_of_its_field_alone():
@@ -222,7 +222,7 @@ def test_3_below_a_convolution_the_map_is_a_linear_function_of_its_field_alone()
     gradients += [mixed / o[0], 2 * gradients[0] + gradients[1]]
     model.rows = torch.stack([(g / slope[0]).flatten() for g in gradients])
     one, other, same, combined = tsgb.explain(
-        model, x, [[0, 1, 2, 3]], rules={**rules.DEFAULT, rules.HEAD: _plain_head()}
+        model, x, [[0, 1, 2, 3]], rules={**rules.PIXELS, rules.HEAD: _plain_head()}
     ).maps[0]
     assert relative(same, one) < 1e-9  # other channels, so other "classes", but the same field
     assert relative(combined, 2 * one + other) < 1e-9
@@ -235,7 +235,7 @@ def _plain_head():
     def ordinary_head(grad, x, weight, bias=None, *, f):
         return grad @ weight
 
-    return {**rules.DEFAULT[rules.HEAD], functional.linear: ordinary_head}
+    return {**rules.PIXELS[rules.HEAD], functional.linear: ordinary_head}
 
 
 def test_4_what_a_convolution_receives_from_the_one_above_is_its_field_times_the_size_of_the_features():
@@ -247,7 +247,7 @@ def test_4_what_a_convolution_receives_from_the_one_above_is_its_field_times_the
         return rules.conv(grad, x, weight, bias, *args)
 
     model.forward = lambda x: model.head(model.act(model.conv2(model.act(model.norm1(model.conv1(x))))).mean((2, 3)))
-    tsgb.explain(model, x, 2, rules={**rules.DEFAULT, functional.conv2d: watched})
+    tsgb.explain(model, x, 2, rules={**rules.PIXELS, functional.conv2d: watched})
     (grad2, x2, *upper), (grad1, x1, weight1, bias1, args1) = seen
     field = rules.conv(grad2, x2, *upper[:2], *upper[2])[:, :1] * x2[:, :1].sign()
     where = x2[:, :1] != 0  # the field can be read off where a feature is on
@@ -258,7 +258,7 @@ def test_4_what_a_convolution_receives_from_the_one_above_is_its_field_times_the
 
 
 @pytest.mark.parametrize("fill", [0.0, -1.0, 1e-20, 1e4])
-@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PAPER], ids=["DEFAULT", "PAPER"])
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS, rules.PAPER], ids=["DEFAULT", "PIXELS", "PAPER"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_5_flat_images_stay_finite(fill, table, dtype):
     model = Chain().to(dtype)

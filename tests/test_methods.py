@@ -17,7 +17,7 @@ from tsgb.methods import METHODS, attribute, registry
 
 ORDER = (
     "tsgb",
-    "tsgb-depths",
+    "tsgb-pixels",
     "tsgb-paper",
     "gradcam",
     "layercam",
@@ -155,7 +155,7 @@ def test_the_model_and_the_random_state_are_the_same_afterwards(name):
 
 
 _LOOKING = [name for name in ORDER if name not in ("center", "random")]  # at the model
-_ONCE = ("tsgb", "tsgb-depths", "tsgb-paper", "guided", "deconvnet", "gradient", "inputxgradient")
+_ONCE = ("tsgb", "tsgb-pixels", "tsgb-paper", "guided", "deconvnet", "gradient", "inputxgradient")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_what_zennit_has_no_rule_for_is_refused():
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=r"name must be one of tsgb, tsgb-depths, tsgb-paper, gradcam.*got 'grad-cam'"):
+    with pytest.raises(ValueError, match=r"name must be one of tsgb, tsgb-pixels, tsgb-paper, gradcam.*got 'grad-cam'"):
         attribute("grad-cam", small(), images(), TARGETS)
 
 

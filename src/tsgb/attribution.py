@@ -36,9 +36,10 @@ def explain(
 ) -> Explanation:
     """Explain a convolutional network's output: which pixels of each image speak for each target.
 
-    map = sum over channels of image * gradient, where the gradient is TSGB's (see `tsgb.rules`): one forward for all
-    targets and one backward for each. The model is only read: its modules, hooks, flags, weights, ``.grad``, mode and
-    the random state are the same afterwards. Safe in threads that share a model.
+    map = the relevance of all depths (see `tsgb.rules.depths`); under `PIXELS` and `PAPER` the sum over channels of
+    image * gradient, where the gradient is TSGB's. One forward and one backward for all targets. The model is only
+    read: its modules, hooks, flags, weights, ``.grad``, mode and the random state are the same afterwards. Safe in
+    threads that share a model.
 
     Args:
         model: a module in evaluation mode, or any callable that runs one.
@@ -46,8 +47,9 @@ def explain(
             tuple where the model takes several inputs, all of which are explained.
         target: None for the predicted class; an int for all images; a list or tensor of N ints; K for each image as (N,
             K); a class name where the model has ``names``; "top5"; or ``fn(output) -> (N,)``.
-        rules: a table, `tsgb.rules.DEFAULT` or `tsgb.rules.PAPER` or one of your own.
+        rules: a table, `tsgb.rules.DEFAULT`, `PIXELS`, `PAPER` or one of your own.
         f: how much of the evidence for the target the evidence against it is to balance, 0..1; None takes the table's.
+            `DEFAULT` has none.
         forward_kwargs: what else the model's forward takes. Tensors of length N count as one row an image.
         batch_size: images that go through the model at once; None takes all.
         strict: raise where a weighted or curved operator met no rule.
@@ -75,7 +77,7 @@ def explain(
 
 
 class TSGB:
-    """TSGB in the shape of a Captum attribution method: image * gradient, as large as the input.
+    """TSGB in the shape of a Captum attribution method: a number for each value of the input.
 
     Works inside Captum's NoiseTunnel, infidelity and sensitivity_max.
 
@@ -102,7 +104,7 @@ class TSGB:
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True: the attribution is input * gradient, not the gradient."""
+        """True: the attribution is evidence, not a gradient."""
         return True
 
     def has_convergence_delta(self) -> bool:
@@ -127,7 +129,8 @@ class TSGB:
             batch_size: images that go through the model at once.
 
         Returns:
-            input * gradient, of the shape and type of the input; a tuple for a tuple.
+            Of the shape and type of the input, a tuple for a tuple: input * gradient, or a pixel of the map of all
+            depths, shared among its channels by their size.
 
         Raises:
             TargetError: more than one target an image. Otherwise as `explain`.

@@ -72,7 +72,10 @@ def check_table(table: Any, f: Any) -> None:
     if f is not None and (not isinstance(f, (int, float)) or not math.isfinite(f)):
         raise ValueError(f"f must be a number, usually 0 to 1, or None, got {f!r}")
     if f is not None and table[rules.F] is None:
-        raise ValueError(f"these rules have no f, as their head keeps its own gradient, got f={f!r}: leave it out")
+        raise ValueError(
+            f"these rules have no f, as their head keeps its own gradient, got f={f!r}: leave it out, or take "
+            "tsgb.rules.PIXELS (--method tsgb-pixels)"
+        )
 
 
 def check_mode(model: Any) -> None:

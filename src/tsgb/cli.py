@@ -64,7 +64,8 @@ def explain(
     method: Annotated[
         str,
         typer.Option(
-            help="tsgb; tsgb-depths: the map of all depths; tsgb-paper: as the paper's authors run it.", metavar="NAME"
+            help="tsgb; tsgb-pixels: relevance down to the pixels; tsgb-paper: as the paper's authors run it.",
+            metavar="NAME",
         ),
     ] = "tsgb",
     f: Annotated[
@@ -129,7 +130,7 @@ def doctor(
         from . import doctor as examination
 
         found = examination.examine(network.model, _sample(network))
-    typer.echo(f"{network.spec}, weights {network.weights}, f = {found.f:g}\n")
+    typer.echo(f"{network.spec}, weights {network.weights}\n")
     width = max(len(name) for name, _, _ in found.coverage)
     typer.echo(f"{'operator':{width}}  {'rule':14} calls")
     for name, rule, count in found.coverage:
@@ -171,6 +172,10 @@ def bench(
     limit: Annotated[
         int | None, typer.Option(help="The first N pictures; none: all, of the bundled scenes 100.", metavar="N", min=1)
     ] = None,
+    pictures: Annotated[
+        str | None,
+        typer.Option(help='Which pictures, as a Python slice: "1::2" for every other one.', metavar="SLICE"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.", metavar="N", min=0)] = 0,
     batch_size: Annotated[
         int, typer.Option(help="Pictures that go through the network at once.", metavar="N", min=1)
@@ -183,7 +188,7 @@ def bench(
 ) -> None:
     """Judge saliency methods side by side on the same annotated pictures.
 
-    Methods: tsgb, tsgb-depths, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad,
+    Methods: tsgb, tsgb-pixels, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad,
     integrated-gradients, guided, deconvnet, guided-gradcam, ebp, cebp, deeplift, lrp, occlusion, rise, center, random.
 
     Metrics: mask_ap, box_ap, grid_ap, pointing, energy, grid, box_accuracy, max_box_accuracy, insertion, deletion,
@@ -198,7 +203,7 @@ def bench(
     with _told("interrupted: the same arguments go on where it was"):
         job = benches.job(
             load=_loading(model, weights, size, mean, std, resize), data=data, methods=_words(methods),
-            metrics=_words(metrics), maps=maps, seed=seed, batch_size=batch_size, out=out,
+            metrics=_words(metrics), maps=maps, seed=seed, batch_size=batch_size, out=out, pictures=pictures,
         )  # fmt: skip
         limit = 100 if limit is None and data is None else limit
         found = benches.run(job, limit, begun=_progress)

@@ -30,10 +30,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `examine` found: the coverage rows, the number f of the head's rule, and the checks."""
+    """What `examine` found: the coverage rows, and the checks."""
 
     coverage: list[Row]
-    f: float
     checks: list[Check]
 
 
@@ -80,7 +79,7 @@ def examine(model: nn.Module, images: Tensor, table: rules.Table = rules.DEFAULT
         Check("maps are repeatable", torch.equal(again.maps, e.maps), "two runs, bit for bit"),
         Check("maps do not depend on the batch", change <= TOLERANCE, f"difference {change:.1e} of the norm"),
     ]
-    return Diagnosis(e.coverage, e.f, checks)
+    return Diagnosis(e.coverage, checks)
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -26,7 +26,7 @@ class Explanation:
     """What `explain` returns: maps, and what is needed to judge them.
 
     Attributes:
-        maps: (N, K, *spatial) float32 (float64 for float64 images), signed, raw: sum over channels of image * gradient.
+        maps: (N, K, *spatial) float32 (float64 for float64 images), signed, raw: see `explain`.
             A tuple of such tensors for several inputs.
         targets: (N, K) int64 class indices, -1 for a callable target.
         logits: the model's logits, (N, classes) for a classifier; None where a callable target reads an output without
@@ -34,7 +34,7 @@ class Explanation:
         coverage: rows (operator, rule or None, count), which operator met which rule. None: a weighted or curved
             operator that met none and kept its ordinary gradient.
         why_empty: N lists of K, for a map without positive values the reason, else None.
-        f: the number f of the head's rule.
+        f: the number f of the head's rule, None where the rules have none.
         images: the input (or tuple of inputs) explained, as it was given.
     """
 
@@ -43,13 +43,13 @@ class Explanation:
     logits: Any
     coverage: list[Row]
     why_empty: list[list[str | None]]
-    f: float
+    f: float | None
     images: Any
 
     def __repr__(self) -> str:
         """Summarise: an explanation holds too many numbers to print."""
         shape = [tuple(m.shape) for m in self.maps] if isinstance(self.maps, tuple) else tuple(self.maps.shape)
-        return f"Explanation(maps={shape}, targets={self.targets.tolist()}, f={self.f:g})"
+        return f"Explanation(maps={shape}, targets={self.targets.tolist()}, f={self.f})"
 
     def overlay(
         self,

@@ -20,12 +20,14 @@ from .backprop import (
     CoverageError,
     FoldedError,
     Gradient,
+    Heads,
     LostError,
     Product,
     Reading,
     Relevance,
     Summed,
     dense,
+    is_all_of,
     recording,
     summed,
 )
@@ -75,7 +77,7 @@ class Facts:
 
     coverage: list[Row]
     above: tuple[str, ...]  # operators between the head and the target
-    f: float
+    f: float | None
     has_shifts: bool
 
 
@@ -133,37 +135,66 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
     """
     run, leaves, count = done.run, done.leaves, len(done.leaves[0])
     if done.scores is not None:
-        score, seeds = done.scores, torch.ones_like(done.scores)[None]
-        indices = torch.full((count, 1), -1)
+        score, indices = done.scores, torch.full((count, 1), -1)
     else:
         score = checks.check_logits(targets.find_logits(done.output), count)
         indices = targets.resolve(target, score)
-        seeds = _one_hot(indices, score)
     heads = run.find_heads(score, count, one_each=done.scores is None)
     run.coverage.check_positions()
-    columns: list[list[Tensor]] = []
-    arrived: list[Tensor] = []
+    seeds = torch.ones_like(score)[None] if done.scores is not None else _one_hot(indices, score)
+    counted, unit = _counted(request.table, done), None
+    if counted is not None:
+        score, weights = counted
+        unit = weights.abs().amax(2)  # so that what competes is in logits
+        seeds = weights / unit.clamp(min=NOTHING)[:, :, None]
+    are_logits = done.scores is None or counted is not None
+    parts = []
     step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
     for start in range(0, len(seeds), step):
-        classes = seeds[start : start + step]
-        with torch.autocast(leaves[0].device.type, enabled=False):
-            rows, reading = _rows(request.table, score, classes, done.scores is None)
-            is_last = start + step >= len(seeds)
-            if reading is None:
-                grads = _gradients(score, leaves, rows, not is_last, done.handing)
-            else:
-                found = heads.read_by(reading)
-                with reading.hooked(found):
-                    if not done.handing:
-                        reading.listen(found, score, rows)
-                        rows = rows[:1] - rows[-1:] if len(rows) > 1 else rows
-                    grads = _gradients(score, leaves, rows, not is_last, done.handing)
-            relevance = [_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
-            columns.append([_map(request, leaves, reading, values) for values in relevance])
-        arrived.append(heads.arrived(len(rows), count)[: len(classes)])
+        classes, is_last = seeds[start : start + step], start + step >= len(seeds)
+        with torch.autocast(leaves[0].device.type, enabled=False), _once():
+            parts.append(_together(request, done, heads, score, classes, are_logits, retain=not is_last))
     facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts)
-    maps = [torch.cat(column) for column in zip(*columns, strict=True)]
-    return Pass(maps, indices, done.logits, torch.cat(arrived)), facts
+    maps = [torch.cat(column) for column in zip(*(found for found, _ in parts), strict=True)]
+    if unit is not None:
+        maps = [values * unit.reshape(*unit.shape, *(1,) * (values.dim() - 2)) for values in maps]
+    return Pass(maps, indices, done.logits, torch.cat([arrived for _, arrived in parts])), facts
+
+
+def _together(
+    request: Request, done: Forward, heads: Heads, score: Tensor, classes: Tensor, are_logits: bool, retain: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Maps of each input (K, N, *) for classes that go backward together, and whether anything arrived at the head.
+
+    Args:
+        heads: of the forward. ``score``: what goes backward, from the seeds ``classes``, (K, *shape of the score).
+        are_logits: whether the score holds one number for each class. ``retain``: whether more classes follow.
+    """
+    leaves, count = done.leaves, len(done.leaves[0])
+    rows, reading = _rows(request.table, score, classes, are_logits)
+    if reading is None:
+        grads = _gradients(score, leaves, rows, retain, done.handing)
+        arrived = heads.arrived(len(rows), count)
+    else:
+        found = heads.read_by(reading)
+        with reading.hooked(found):
+            if done.handing:
+                grads = _gradients(score, leaves, rows, retain, True)
+                arrived = heads.arrived(len(rows), count)[: len(classes)]
+            else:
+                reading.listen(found, score, rows)
+                arrived = heads.arrived(1, count)
+                grads = _gradients(score, leaves, rows[:1] - rows[-1:] if len(rows) > 1 else rows, retain, False)
+    maps = [_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
+    if reading is not None:  # of a class that nothing arrives of, what all classes share is no evidence
+        maps = [_map(request, leaves, reading, values) for values in maps]
+        maps = [_where(arrived, values) for values in maps]
+    return maps, arrived
+
+
+def _where(known: Tensor, values: Tensor) -> Tensor:
+    """Values (K, N, *) where (K, N) holds, else 0."""
+    return torch.where(known.to(values.device).reshape(*known.shape, *(1,) * (values.dim() - 2)), values, 0)
 
 
 def plain_tensor(x: Tensor) -> Tensor:
@@ -184,8 +215,14 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """What arrives at each leaf of K seeds (K, *shape of the score): a `Relevance`, or the gradient of one class."""
     seed = Relevance(score.shape, score.dtype, [Gradient(seeds)]) if handing else seeds[0]
+    return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
+
+
+@contextmanager
+def _once() -> Iterator[None]:
+    """Say in a line why a graph cannot go backward whose forward runs again there."""
     try:
-        return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
+        yield
     except RuntimeError as error:
         if "checkpoint" in f"{type(error).__name__} {error}".lower():
             raise RuntimeError("the model uses gradient checkpointing, which runs it twice: switch it off") from error
@@ -221,32 +258,50 @@ def _rows(table: rule_tables.Table, score: Tensor, classes: Tensor, is_logits: b
     Returns:
         The seeds of the classes, of the highest logits, and of the mean of all; and what reads them.
     """
-    rule = table.get(rule_tables.RIVALS)
+    rule, count = table.get(rule_tables.RIVALS), len(score)
     if rule is None or not is_logits or score.shape[1] < 2:
         is_read = rule is not None or rule_tables.MAP in table
-        return classes, Reading(None, len(classes), 0) if is_read else None
+        return classes, Reading(None, len(classes), 0, count) if is_read else None
     rivals = _one_hot(score.detach().topk(min(_RIVALS, score.shape[1])).indices, score)
-    mean = torch.full_like(score.detach(), 1 / score.shape[1])[None]
-    return torch.cat([classes, rivals, mean]), Reading(rule, len(classes), len(rivals))
+    mean = (classes[:1].sum(2, keepdim=True) / score.shape[1]).expand(1, *score.shape)
+    return torch.cat([classes, rivals, mean]), Reading(rule, len(classes), len(rivals), count)
 
 
-def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading | None, relevance: Tensor) -> Tensor:
+def _counted(table: rule_tables.Table, done: Forward) -> tuple[Tensor, Tensor] | None:
+    """The logits that a callable's scores come from, and how much each counts in them: (1, N, classes).
+
+    So the classes compete as where they are asked for by number. None where nothing competes, the target is no
+    callable, or its scores read something else of the model too.
+    """
+    logits = _logits_if_any(done.output) if done.scores is not None and rule_tables.RIVALS in table else None
+    if done.scores is None or logits is None or logits.dim() != 2 or not is_all_of(done.scores, logits, done.leaves):
+        return None
+    (grad,) = _gradients(done.scores, (logits,), torch.ones_like(done.scores)[None], True, done.handing)
+    if grad is None:
+        return None
+    return logits, (grad.gradients() if isinstance(grad, Relevance) else grad[None])
+
+
+def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevance: Tensor) -> Tensor:
     """The map of all depths where the table asks for one, and there is one image to make it of; else the relevance.
 
-    The positive values of a map of all depths sum to the evidence that passed the gates, in logits. Of channels each
-    has its share of a pixel in proportion to its size.
+    The positive values of a map of all depths sum to the evidence that passed the gates, in logits. Where all evidence
+    is against a class, the map is that of what speaks against it, below 0. Of channels each has its share of a pixel
+    in proportion to its size.
     """
     rule, image = request.table.get(rule_tables.MAP), leaves[0].detach()
-    if rule is None or reading is None or reading.evidence is None or len(leaves) > 1:
+    if rule is None or reading.evidence is None or len(leaves) > 1:
         return relevance
     size = image.shape[2:]
     coarse = [field for field in reading.fields if field.dim() == image.dim()]
-    if not coarse:
+    speaks_for, against = reading.evidence
+    if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
         return relevance
-    found: Tensor = rule(coarse, size)
+    sign, flat = torch.where(speaks_for > 0, 1.0, -1.0), (1,) * len(size)
+    found: Tensor = rule([field * sign.reshape(*sign.shape, *flat) for field in coarse], size)
     positive = found.clamp(min=0).flatten(2).sum(2)
-    scale = torch.where(positive > 0, reading.evidence / positive.clamp(min=NOTHING), 0)
-    found = found * scale.reshape(*scale.shape, *(1 for _ in size))
+    scale = torch.where(positive > 0, (speaks_for + (sign < 0) * against) / positive.clamp(min=NOTHING), 0)
+    found = found * scale.reshape(*scale.shape, *flat)
     if not request.whole:
         return found
     total = image.abs().sum(1, keepdim=True)

@@ -22,7 +22,8 @@ from .backprop import CoverageError
 from .explanation import Explanation
 from .models import Network
 
-METHODS: dict[str, rules.Table] = {"tsgb": rules.DEFAULT, "tsgb-depths": rules.DEPTHS, "tsgb-paper": rules.PAPER}
+#: The name of each method's table in `tsgb.rules`.
+METHODS = {"tsgb": "DEFAULT", "tsgb-pixels": "PIXELS", "tsgb-paper": "PAPER"}
 
 #: Errors whose message alone says what is wrong; a network's own code may raise anything else.
 _CLEAR = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError)
@@ -80,7 +81,7 @@ def explain_files(
     stems = pictures.labels(paths)
     _check_inputs_stay(paths, stems, out)
     earlier = _earlier(out)
-    report = Report()
+    report, table = Report(), getattr(rules, METHODS[method])
     try:
         for path, stem in zip(paths, stems, strict=True):
             try:
@@ -89,9 +90,7 @@ def explain_files(
                 tensor = network.preprocessing.tensor(picture)[None]
                 held = next(network.model.parameters(), tensor)
                 tensor = tensor.to(held.device, held.dtype)
-                explanation = explain(
-                    network.model, tensor, _target(network.model, tensor, asked), rules=METHODS[method], f=f
-                )
+                explanation = explain(network.model, tensor, _target(network.model, tensor, asked), rules=table, f=f)
                 entries = _entries(network, path, digest, picture, explanation, method, stem)
             except (targets.TargetError, CoverageError):
                 raise  # it would fail for every picture
@@ -179,7 +178,7 @@ def _entries(
                 "logit": _number(e.logits[0, index]),
                 "probability": _number(probabilities[0, index]),
                 "method": method,
-                "rules": "PAPER" if METHODS[method] is rules.PAPER else "DEFAULT",
+                "rules": METHODS[method],
                 "f": e.f,
                 "coverage": [list(row) for row in e.coverage],
                 "why_empty": e.why_empty[0][k],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # key
 _OUTPUTS = "tsgb.outputs"
 
 _SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
+_MOVING = {"permute", "transpose"}
 
 
 def ruling_of(node: Node | None) -> Ruling | None:
@@ -123,10 +124,12 @@ def has_positions(node: Node) -> bool:
 
 
 def _is_last(node: Node, shape: torch.Size) -> bool:
-    """Tell whether channels stand last: where they come from a linear layer, and have not been moved since."""
-    below = [ruling_of(n) for n in walk(node, stop=has_weights)]
-    made = [r for r in below if r is not None and r.head_rule is not None]
-    return bool(made) and all(r.is_linear and shape[-1] == r.channels != shape[1] for r in made)
+    """Tell whether channels stand last: where a linear layer put them, or what was moved since has as many there."""
+    below = list(walk(node, stop=has_weights))
+    rulings = [ruling_of(n) for n in below]
+    made = [r for r in rulings if r is not None and r.head_rule is not None]
+    is_moved = any(r.is_linear for r in made) or any(name(n) in _MOVING for n in below)
+    return bool(made) and is_moved and all(shape[-1] == r.channels != shape[1] for r in made)
 
 
 def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
@@ -142,6 +145,15 @@ def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) 
                 if edge not in seen:
                     seen.add(edge)
                     ahead.append(edge)
+
+
+def is_all_of(target: Tensor, source: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Tell whether the model enters a target through one tensor alone: no weights and no image beside it."""
+    node = source.grad_fn
+    for found in walk(target.grad_fn, stop=lambda n: n is node):
+        if found is not node and (has_weights(found) or any(getattr(found, "variable", None) is x for x in leaves)):
+            return False
+    return node is not None
 
 
 def gate(a: Tensor, b: Tensor, bending: Collection[str]) -> Tensor | None:

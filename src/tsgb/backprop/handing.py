@@ -144,7 +144,7 @@ class Convolution(Handing):
         fields: 1, or the number of groups where each is treated by itself.
         below: what the producer of ``x`` takes.
         is_positive: whether no value of ``x`` is below 0, where that is known.
-        keep: makes a cell of a tensor.
+        keep: makes a cell of a tensor. ``has_bias``: whether the output is more than 0 where nothing is seen.
     """
 
     has_zeros = False
@@ -158,10 +158,11 @@ class Convolution(Handing):
         below: Takes,
         is_positive: bool,
         keep: Callable[[Tensor], Cell],
+        has_bias: bool,
         is_last: bool = False,
     ) -> None:
         x = x.movedim(-1, 1) if is_last else x
-        self._alive, self._windows, self.is_last = alive, windows, is_last
+        self._alive, self._windows, self._has_bias, self.is_last = alive, windows, has_bias, is_last
         self.takes = SUMS if fields == 1 and self._alive is None else CHANNELS
         self._fields, self.below, self._is_positive = fields, below, is_positive
         self._size = x.shape[2:]
@@ -179,11 +180,11 @@ class Convolution(Handing):
         if self._fields > 1:
             return [[self._grouped(parts)]]
         assert self._total is not None
-        relevance = summed(parts)
+        relevance, n = summed(parts), self._windows.sums(self._total, EPS)
         if self.reading is not None:
-            self.reading.note(relevance.squeeze(2))
-        shared = relevance / self._windows.sums(self._total, EPS)
-        field = self._windows.spread(shared, self._size)
+            # An output of 0 has no relevance, though a shift after it hands some on.
+            self.reading.note((relevance if self._has_bias else relevance * (n > EPS)).squeeze(2))
+        field = self._windows.spread(relevance / n, self._size)
         if self.below == SUMS:
             return [[Product(field, self._total, None)]]
         if self.below == CHANNELS:

@@ -27,7 +27,8 @@ class Heads:
         one_each: whether one value of each image's logits is asked for at a time.
 
     Attributes:
-        rulings: the heads'. ``above``: names of the operators between them and the target. ``f``: the number.
+        rulings: the heads'. ``above``: names of the operators between them and the target. ``f``: the number, or
+            None.
 
     Raises:
         CoverageError: no head was found, or an operator unknown to the table may hide it.
@@ -70,11 +71,11 @@ class Heads:
         self._nodes, self._below = nodes, below
         edges = [edge for node in nodes for edge, _ in node.next_functions if edge is not None]
         first = [ruling for edge in edges for ruling in _first(edge)]
-        self.f = f(any(ruling.on_vector for ruling in first)) if callable(f) else float(f or 0)
+        self.f = f(any(ruling.on_vector for ruling in first)) if callable(f) else f
         for ruling in coverage.met:
             ruling.f = None
         for head in self.rulings:
-            head.f, head.count, head.is_single = self.f, count, one_each and not self.above
+            head.f, head.count, head.is_single = float(self.f or 0), count, one_each and not self.above
 
     def read_by(self, reading: Reading) -> list[Node]:
         """Let a reading note what the convolutions below share; give the nodes where the classes compete."""

@@ -27,16 +27,16 @@ class Reading:
 
     Args:
         rivalry: the table's rule, see `rules.rivalry`; None where nothing competes, and no row is the mean.
-        asked: K. ``rivals``: R.
+        asked: K. ``rivals``: R. ``count``: N.
 
     Attributes:
         fields: what each convolution shares, one number a position: (K, N, *positions).
-        evidence: (K, N), the positive evidence for each class that passed the gates, summed over the positions; None
-            where there is no top.
+        evidence: (2, K, N), the evidence for each class that passed the gates, and that against it, each summed over
+            the positions; None where there is no top.
     """
 
-    def __init__(self, rivalry: Rivalry | None, asked: int, rivals: int) -> None:
-        self._rivalry, self._asked, self._rivals = rivalry, asked, rivals
+    def __init__(self, rivalry: Rivalry | None, asked: int, rivals: int, count: int) -> None:
+        self._rivalry, self._asked, self._rivals, self._count = rivalry, asked, rivals, count
         self.fields: list[Tensor] = []
         self.evidence: Tensor | None = None
         self._heard: dict[tuple[Node, int], list[Tensor]] | None = None
@@ -61,10 +61,10 @@ class Reading:
         """Hear the rows one by one, where gradients of one class go backward: within `hooked`."""
         edges = [GradientEdge(n, nr) for node in found for n, nr in node.next_functions if n is not None]
         self._heard = {}
-        for row in rows:
+        for row in rows.flip(0):  # those asked for last, so that the heads tell what arrived of them
             torch.autograd.grad(score, edges, row, retain_graph=True, allow_unused=True)
         for key, heard in self._heard.items():
-            self._gates[key] = self._gate(torch.stack(heard))
+            self._gates[key] = self._gate(torch.stack(heard[::-1]))
         self._heard = None
         self.fields.clear()  # a convolution that is a top itself has noted all rows
 
@@ -96,11 +96,14 @@ class Reading:
 
     def _gate(self, evidence: Tensor) -> Tensor:
         """How far each class holds each position (K, N, *positions), of the evidence of all rows."""
+        if evidence.dim() == 3 and evidence.shape[1] != self._count == evidence.shape[2]:  # (T, N) of a sequence first
+            return self._gate(evidence.transpose(1, 2)).transpose(1, 2)
         own = self._own(evidence)
         gate = torch.ones_like(own)
         if self._rivalry is not None:
             gate = self._rivalry(evidence[: self._asked + self._rivals], self._asked)
-        passed = (own * gate).clamp(min=0).flatten(2).sum(2)
+        weighed = (own * gate).flatten(2)
+        passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
         self.evidence = passed if self.evidence is None else self.evidence + passed
         return gate
 

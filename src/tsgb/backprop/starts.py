@@ -120,7 +120,8 @@ def _convolution(
 
     def begin(o: Tensor) -> Convolution:
         has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero
-        return Convolution(x, o != 0 if has_zeros else None, windows, fields, below, is_positive, conv.keep)
+        alive = o != 0 if has_zeros else None
+        return Convolution(x, alive, windows, fields, below, is_positive, conv.keep, bias is not None)
 
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     is_wide = weight.dim() == 4 and weight[0, 0].numel() > 1
@@ -151,7 +152,8 @@ def _linear(keep: Keep, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         may_be_zero = bias is None and _holds_zero(weight)
     if may_be_zero:
         return None
-    return Start((x,), lambda _: Convolution(x, None, windows, 1, below, is_positive, keep, is_last=True))
+    has_bias = bias is not None
+    return Start((x,), lambda _: Convolution(x, None, windows, 1, below, is_positive, keep, has_bias, is_last=True))
 
 
 def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | None:

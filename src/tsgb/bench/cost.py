@@ -88,7 +88,7 @@ def _batch(worker: Worker, count: int) -> tuple[Tensor, Tensor]:
     tensors: list[Tensor] = []
     for index in range(count):
         try:
-            tensors.append(worker.tensor(worker.dataset.samples[index].read()))
+            tensors.append(worker.tensor(worker.samples[index].read()))
         except Exception:  # told where it was judged
             continue
         if len(tensors) == worker.job.batch_size:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import methods as rivals
 from ..models import Network
-from .given import JUDGED, given_methods
+from .given import JUDGED, given_methods, slice_of
 from .work import Job
 
 __all__ = ["METRICS", "SLOW", "job"]
@@ -31,6 +31,7 @@ def job(
     seed: int = 0,
     batch_size: int = 8,
     out: str | Path = "tsgb-bench",
+    pictures: str | None = None,
 ) -> Job:
     """Say what a bench is to do.
 
@@ -44,10 +45,11 @@ def job(
             such folders, one a method. They are methods by the folder's name, beside others that are named.
         seed: of everything that is drawn. ``batch_size``: pictures that go through the network at once.
         out: the folder for records and results.
+        pictures: which of the dataset, as a Python slice: "1::2" for every other one from the second on.
 
     Raises:
         TypeError: ``load`` cannot be called, or names are given as one text.
-        ValueError: ``maps`` holds no maps.
+        ValueError: ``maps`` holds no maps, or ``pictures`` is no slice.
 
     Example:
         >>> from functools import partial
@@ -60,6 +62,8 @@ def job(
     for name, words in (("methods", methods), ("metrics", metrics)):
         if isinstance(words, str):
             raise TypeError(f"{name} must be a list of names, got {words!r}: write [{words!r}]")
+    if pictures is not None:
+        slice_of(pictures)
     left_out: list[tuple[str, str]] = []
     if methods is None and maps is not None:
         methods = given_methods(maps)
@@ -78,4 +82,5 @@ def job(
         out=Path(out),
         maps=maps,
         left_out=tuple(left_out),
+        pictures=pictures,
     )

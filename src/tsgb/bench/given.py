@@ -1,4 +1,4 @@
-"""Maps that someone else made: one .npy file for each picture and class."""
+"""What is given to a bench: which pictures, and maps that someone else made, a .npy file for each picture and class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,30 @@ from torch import Tensor
 
 from .protocol import METRICS
 
-__all__ = ["JUDGED", "folder_of", "given_maps", "given_methods"]
+__all__ = ["JUDGED", "folder_of", "given_maps", "given_methods", "slice_of"]
 
 #: Metrics that given maps can be judged by: the others need maps of grids, of a randomised network, or the method.
 JUDGED = tuple(name for name in METRICS if name not in ("grid", "grid_ap", "cascade", "speed", "memory"))
+
+
+def slice_of(text: str) -> slice:
+    """Read a Python slice, as it stands between brackets.
+
+    Raises:
+        ValueError: it is none.
+
+    Example:
+        >>> list(range(6))[slice_of("1::2")], list(range(6))[slice_of(":3")]
+        ([1, 3, 5], [0, 1, 2])
+    """
+    parts = text.split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3) or numbers[2:] == [0]:
+        raise ValueError(f"pictures must be a Python slice, as '1::2' or ':100', got {text!r}")
+    return slice(*numbers)
 
 
 def given_methods(folder: Path) -> tuple[str, ...]:

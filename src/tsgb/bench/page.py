@@ -136,7 +136,8 @@ def _digest(text: str) -> str:
 
 
 def _facts(protocol: Mapping[str, Any], results: Results) -> str:
-    counts = f"{protocol['images']} images" + (f", {protocol['cases']} cases" if "cases" in protocol else "")
+    counts = f"{protocol['images']} images" + (f" of [{protocol['pictures']}]" if "pictures" in protocol else "")
+    counts += f", {protocol['cases']} cases" if "cases" in protocol else ""
     done = len({method for method, _ in rows(results) if not is_control(method)})
     facts = {
         "Model": protocol["model"],

@@ -66,7 +66,7 @@ def run(
     usual = torch.get_num_threads()
     with ranks() as (rank, world), threads(1):
         worker = Worker(job, rank)
-        count = min(len(worker.dataset.samples), len(worker.dataset.samples) if limit is None else limit)
+        count = len(worker.samples) if limit is None else min(len(worker.samples), limit)
         protocol = on_rank_0(rank, lambda: _protocol(worker, count))
         on_rank_0(rank, lambda: _begin(job.out, protocol))
         with records.alone(job.out) if rank == 0 else nullcontext():
@@ -90,7 +90,7 @@ def _picture_tasks(worker: Worker, count: int, known: dict[Key, Record]) -> list
     tasks: list[Task] = []
     for start in range(0, count, size):
         indices = tuple(range(start, min(start + size, count)))
-        units = [worker.dataset.samples[index].name for index in indices]
+        units = [worker.samples[index].name for index in indices]
         if all(_is_done(unit, methods, known) for unit in units):
             continue
         done = frozenset((unit, method) for unit in units for method in ("", *methods) if (unit, method) in known)
@@ -179,6 +179,7 @@ def _protocol(worker: Worker, count: int) -> dict[str, Any]:
         "layout": worker.dataset.layout,
         **({} if job.data is None else {"data_sha256": fingerprint(Path(job.data))}),
         **({} if job.maps is None else {"maps_sha256": fingerprint(job.maps)}),
+        **({} if job.pictures is None else {"pictures": job.pictures}),
         "images": count,
         "seed": job.seed,
         "batch_size": job.batch_size,

@@ -90,6 +90,7 @@ def markdown(results: Results) -> str:
 
 def _heading(protocol: Mapping[str, Any]) -> str:
     images = f"{protocol['images']} image" + ("" if protocol["images"] == 1 else "s")
+    images += f" of [{protocol['pictures']}]" if "pictures" in protocol else ""
     run = f"Model {_code(protocol['model'])}, data {_code(protocol['data'])}, {images}, seed {protocol['seed']}."
     return f"{run} Value [95 % interval]; ↑ higher is better, ↓ lower; best bold."
 

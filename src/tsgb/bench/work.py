@@ -21,7 +21,7 @@ from ..report import one_line
 from . import gallery, records
 from .cascade import cascade
 from .gallery import Gallery
-from .given import folder_of, given_maps, given_methods
+from .given import folder_of, given_maps, given_methods, slice_of
 from .judge import PER_CASE, PER_PICTURE, Sight, Value, judge_case, judge_grid, judge_picture, other_class, seed_of
 from .protocol import is_asked
 from .subjects import Classifier, Subject, compose, picture_of, subject
@@ -44,6 +44,7 @@ class Job:
     out: Path
     maps: Path | None = None  # a folder of given maps, judged beside the methods
     left_out: tuple[tuple[str, str], ...] = ()  # methods that were not run, and why
+    pictures: str | None = None  # which of the dataset's, as a Python slice
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,17 @@ class Worker:
         """The dataset, opened when first asked for."""
         return open_dataset(self.job.data)
 
+    @cached_property
+    def samples(self) -> Sequence[Sample]:
+        """The pictures of the dataset that were asked for."""
+        samples = self.dataset.samples
+        if self.job.pictures is None:
+            return samples
+        found = samples[slice_of(self.job.pictures)]
+        if not found:
+            raise ValueError(f"pictures {self.job.pictures!r} takes none of the {len(samples)} of {self.dataset.name}")
+        return found
+
     def do_pictures(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> None:
         """Judge every method on some pictures, all in one batch, and write the records that are not there yet."""
         looked = self._looked(indices, done)
@@ -108,7 +120,7 @@ class Worker:
         """Judge every method on some grids of one size, all in one batch, and write the records."""
         looked = []
         for grid in grids:
-            tensor = compose([self.tensor(self.dataset.samples[index].read()) for index in grid.indices])
+            tensor = compose([self.tensor(self.samples[index].read()) for index in grid.indices])
             whole = Subject(grid.unit, grid.indices[0], tensor, (1.0, 1.0), (), ())
             looked.append(_Looked(whole, torch.empty(0), list(grid.targets)))
         for method in self.job.methods:
@@ -127,7 +139,7 @@ class Worker:
     def draw_worst(self, found: Sequence[records.Record]) -> None:
         """Draw what the page shows and is not there, as it was lost with a killed process or left to others."""
         for index, lacking in gallery.lacking(self.job.out, self.job.methods, found):
-            for one in self._looked([index], frozenset([(self.dataset.samples[index].name, "")])):
+            for one in self._looked([index], frozenset([(self.samples[index].name, "")])):
                 picture = picture_of(one.subject.tensor, self.network.preprocessing)
                 for method in lacking:
                     maps = self._maps(method, [one], self.model)[0][0] if method else {}
@@ -139,7 +151,7 @@ class Worker:
         notes: list[records.Record] = []
         read: list[tuple[int, Sample, Image.Image, Tensor]] = []
         for index in indices:
-            sample = self.dataset.samples[index]
+            sample = self.samples[index]
             try:
                 picture = sample.read()
                 read.append((index, sample, picture, self.tensor(picture)))
@@ -191,7 +203,7 @@ class Worker:
         """A method's maps of each picture by class, and what went wrong; a batch that fails is tried one by one."""
         if self.job.maps is not None and method in self._given:
             folder = folder_of(self.job.maps, method)
-            return [given_maps(folder, self._labels[one.subject.index], one.wanted) for one in looked]
+            return [given_maps(folder, self._labels[one.subject.unit], one.wanted) for one in looked]
         found: dict[int, tuple[Maps, list[str]]] = {}
         for count in sorted({len(one.wanted) for one in looked}):
             group = [place for place, one in enumerate(looked) if len(one.wanted) == count]
@@ -284,9 +296,10 @@ class Worker:
         return () if self.job.maps is None else given_methods(self.job.maps)
 
     @cached_property
-    def _labels(self) -> list[str]:
+    def _labels(self) -> dict[str, str]:
         """What stands for each picture in the names of given maps, as `tsgb explain` names its own."""
-        return pictures.labels([Path(sample.name) for sample in self.dataset.samples])
+        names = [sample.name for sample in self.dataset.samples]
+        return dict(zip(names, pictures.labels([Path(name) for name in names]), strict=True))
 
     def _label(self, target: int) -> str:
         names = self.network.names

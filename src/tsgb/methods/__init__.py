@@ -2,7 +2,7 @@
 
 >>> from tsgb import methods
 >>> list(methods.METHODS)[:4]
-['tsgb', 'tsgb-depths', 'tsgb-paper', 'gradcam']
+['tsgb', 'tsgb-pixels', 'tsgb-paper', 'gradcam']
 """
 
 from .registry import METHODS, Method, attribute

@@ -20,7 +20,7 @@ from .cams import gradcam
 from .layers import Place, twice_as_large
 from .maps import smoothed, upsampled
 
-__all__ = ["cebp", "deconvnet", "ebp", "guided", "guided_gradcam", "tsgb", "tsgb_depths", "tsgb_paper"]
+__all__ = ["cebp", "deconvnet", "ebp", "guided", "guided_gradcam", "tsgb", "tsgb_paper", "tsgb_pixels"]
 
 
 def tsgb(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
@@ -41,15 +41,15 @@ def tsgb(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Te
     return maps
 
 
-def tsgb_depths(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
-    """TSGB under `tsgb.rules.DEPTHS`, signed; arguments and result as for `tsgb`.
+def tsgb_pixels(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """TSGB under `tsgb.rules.PIXELS`, signed; arguments and result as for `tsgb`.
 
     Example:
         >>> from tsgb import load
-        >>> tsgb_depths(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        >>> tsgb_pixels(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
         torch.Size([1, 2, 128, 128])
     """
-    maps: Tensor = explain(model, images, targets, rules=rules.DEPTHS).maps
+    maps: Tensor = explain(model, images, targets, rules=rules.PIXELS).maps
     return maps
 
 

@@ -44,7 +44,7 @@ _SUMMED = "sum over channels, signed"
 #: The methods by name, in the order in which they are shown.
 METHODS: dict[str, Method] = {
     "tsgb": Method("TSGB", "tsgb.explain, rules.DEFAULT, signed", propagation.tsgb),
-    "tsgb-depths": Method("TSGB of all depths", "tsgb.explain, rules.DEPTHS, signed", propagation.tsgb_depths),
+    "tsgb-pixels": Method("TSGB of the pixels", "tsgb.explain, rules.PIXELS, signed", propagation.tsgb_pixels),
     "tsgb-paper": Method("TSGB as published", "tsgb.explain, rules.PAPER, signed", propagation.tsgb_paper),
     "gradcam": Method("Grad-CAM", f"captum LayerGradCam, relu_attributions, {_AT_LAST}", cams.gradcam, _CAPTUM),
     "layercam": Method(

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .formulas import linearised
 from .heads import gradient, gradient_head
-from .tables import DEFAULT, HEAD, ORDINARY, PAPER, RECTIFIERS, F, Table
+from .tables import HEAD, ORDINARY, PAPER, PIXELS, RECTIFIERS, F, Table
 
 __all__ = [
     "CONTRASTIVE",
@@ -222,9 +222,9 @@ GUIDED: Table = {**_GRADIENT, **_each(guided, RECTIFIERS)}
 #: The deconvolutional network.
 DECONVNET: Table = {**_GRADIENT, **dict.fromkeys(RECTIFIERS, deconvnet)}
 
-#: Excitation backprop; batch norm, activations, constant shifts and gates pass the probability as under DEFAULT.
+#: Excitation backprop; batch norm, activations, constant shifts and gates pass the probability as under PIXELS.
 EXCITATION: Table = {
-    **DEFAULT,
+    **PIXELS,
     **_each(excitation, _WEIGHTED),
     HEAD: _each(excitation_head, _WEIGHTED),
     F: 1.0,

@@ -22,6 +22,7 @@ _SHARE = 0.5  # of the wide Gaussian in the map
 _SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart
 _COARSE = 4  # of these side by side, which the wide one does not tell apart
 _REACH = 3  # standard deviations after which a Gaussian is cut
+_BAND = 0.1  # of correlations to either side, in which a sibling becomes a rival
 
 
 def rivalry(
@@ -32,8 +33,8 @@ def rivalry(
     ::
 
         l_k(p) = positions * c_k(p)                  (the logit, if all positions spoke as p does)
-        rivals of k: classes r whose maps correlate with that of k by less than ``alike``
-        share_k(p) = exp(l_k(p) / t) / (exp(l_k(p) / t) + sum over rivals of exp(l_r(p) / t))
+        w_r = (alike + 0.1 - corr(c_r, c_k)) / 0.2, 0..1   (how far class r is a rival of k, and no sibling)
+        share_k(p) = exp(l_k(p) / t) / (exp(l_k(p) / t) + sum over r of w_r exp(l_r(p) / t))
         gate_k = floor + (1 - floor) share_k
 
     ``c_k`` is the evidence for class k, its relevance summed over the channels where the head meets the map. A class
@@ -63,7 +64,8 @@ def rivalry(
     centred = maps - maps.mean(2, keepdim=True)
     unit = centred / (centred.norm(dim=2, keepdim=True) + _TINY)
     likeness = torch.einsum("knp,rnp->krn", unit[:asked], unit[asked:])
-    against = torch.where(likeness[..., None] < alike, logits[None, asked:], -torch.inf)  # (K, R, N, P)
+    rival = ((alike + _BAND - likeness) / (2 * _BAND)).clamp(0, 1)  # a step would make a class of a rounding error
+    against = logits[None, asked:] + rival[..., None].log()  # (K, R, N, P)
     share = torch.cat([logits[:asked, None], against], 1).softmax(1)[:, 0]
     return (floor + (1 - floor) * share).reshape(asked, *evidence.shape[1:])
 

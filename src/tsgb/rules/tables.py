@@ -181,9 +181,10 @@ PAPER: Table = _Named(
     },
 )
 
-#: The method with our corrections: groups apart, contributions split, relevance passing activations, shifts and gates.
-DEFAULT: Table = _Named(
-    "DEFAULT",
+#: The paper's map with our corrections, down to the pixels: groups apart, contributions split, relevance passing
+#: activations, shifts and gates.
+PIXELS: Table = _Named(
+    "PIXELS",
     {
         **PAPER,
         **{act: partial(activation, function=act) for act in ACTIVATIONS},
@@ -198,12 +199,12 @@ DEFAULT: Table = _Named(
 )
 
 
-#: Beyond the method: the head's own gradient less what all classes share, classes that compete, the map of all depths.
-DEPTHS: Table = _Named(
-    "DEPTHS",
+#: Beyond the paper: the head's own gradient less what all classes share, classes that compete, the map of all depths.
+DEFAULT: Table = _Named(
+    "DEFAULT",
     {
-        **DEFAULT,
-        HEAD: {operator: partial(gradient_head, function=operator) for operator in DEFAULT[HEAD]},
+        **PIXELS,
+        HEAD: {operator: partial(gradient_head, function=operator) for operator in PIXELS[HEAD]},
         F: None,
         RIVALS: rivalry,
         MAP: depths,
