@@ -85,29 +85,27 @@ def zennit(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     return run
 
 
-def ours(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
+def ours(table: rules.Table, model: nn.Module, images: Tensor, targets: Tensor) -> Run:
     """TSGB for all targets."""
-    return lambda: tsgb.explain(model, images, targets).maps
-
-
-def compiled(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
-    """TSGB for all targets, compiled."""
-    explainer = tsgb.compile(model, images, targets)
-    return lambda: explainer(images, targets).maps
-
-
-def plain(model: nn.Module, images: Tensor, targets: Tensor) -> Run:
-    """TSGB with every rule in its plain form, gradient in and gradient out."""
-    table = rules.plain(rules.DEFAULT)
     return lambda: tsgb.explain(model, images, targets, rules=table).maps
+
+
+def compiled(table: rules.Table, model: nn.Module, images: Tensor, targets: Tensor) -> Run:
+    """TSGB for all targets, compiled."""
+    explainer = tsgb.compile(model, images, targets, rules=table)
+    return lambda: explainer(images, targets).maps
 
 
 METHODS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Run], int]] = {
     "forward": (forward, 1),
     "forward, compiled": (compiled_forward, 1),
-    **{f"TSGB, K = {k}": (ours, k) for k in CLASSES},
-    **{f"TSGB, compiled, K = {k}": (compiled, k) for k in CLASSES},
-    "TSGB, plain form, K = 1": (plain, 1),
+    **{
+        f"TSGB{of}{how}, K = {k}": (partial(run, table), k)
+        for of, table in (("", rules.DEFAULT), (" of the pixels", rules.PIXELS))
+        for how, run in (("", ours), (", compiled", compiled))
+        for k in CLASSES
+    },
+    "TSGB of the pixels, plain form, K = 1": (partial(ours, rules.plain(rules.PIXELS)), 1),  # gradient in and out
     "input gradient": (gradient, 1),
     "captum Saliency": (partial(captum, "Saliency"), 1),
     "captum GuidedBackprop": (partial(captum, "GuidedBackprop"), 1),
