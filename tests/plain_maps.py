@@ -36,15 +36,18 @@ def _one(fields, size):
     by = math.ceil(min(finest) / 64)
     grid = tuple(round(n / by) for n in finest)
     side = min(grid)
-    total = torch.zeros(grid, dtype=fields[0].dtype)
+    total, smooth = torch.zeros(grid, dtype=fields[0].dtype), []
     for s, field in sums.items():
         coarse = side / min(s) / 2 if min(s) < side else 0.0
         deviation = math.sqrt(max(0.0, (side / 64) ** 2 - coarse**2))
-        total += _over_largest(_blurred(_on(field, grid), deviation))
+        smooth.append(_blurred(_on(field, grid), deviation))
+    sign = 1 if any((field > 0).any() for field in smooth) else -1
+    for field in smooth:
+        total += _over_largest(sign * field)
     total = _over_largest(total)
     small = tuple(round(n / 4) for n in grid) if side > 32 else grid
     wide = _blurred(_on(total.clamp(min=0), small), min(small) / 8)
-    return _on(total + _over_largest(_on(wide, grid)) / 2, size)
+    return _on(sign * (total + _over_largest(_on(wide, grid)) / 2), size)
 
 
 def _over_largest(m):

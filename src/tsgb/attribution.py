@@ -285,7 +285,7 @@ def _why_empty(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], whole: bool
 
 
 def _reason(facts: Facts, inputs: tuple[Tensor, ...], n: int, is_reached: bool, has_arrived: bool) -> str:
-    if all(not (x[n].abs() > NOTHING).any() for x in inputs):
+    if not is_reached and all(not (x[n].abs() > NOTHING).any() for x in inputs):
         return "the image is zero everywhere, and a map is image * gradient"
     if not has_arrived:
         cut = [name for name in facts.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]

@@ -88,6 +88,8 @@ def explain(
         _wrong_call(f"--method must be one of {', '.join(report.METHODS)}, got {method!r}")
     if f is not None and not 0 <= f <= 1:
         _wrong_call(f"--f must be from 0 to 1, got {f}")
+    if f is not None and method == "tsgb":
+        _wrong_call("--f is of --method tsgb-pixels or tsgb-paper: the rules of tsgb have no f")
     with _told():
         network = _load(model, weights, size, mean, std, resize)
         with contextlib.nullcontext((images, ())) if images else _scene(out) as (given, shown):

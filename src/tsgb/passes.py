@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import checks, targets
 from . import rules as rule_tables
@@ -68,6 +69,7 @@ class Forward:
     output: Any
     logits: Tensor | None  # a copy
     scores: Tensor | None  # (N,), of a callable target
+    before: tuple[Tensor, GradientEdge] | None  # the logits as a callable found them, whatever it wrote on them
     handing: bool
 
 
@@ -122,9 +124,14 @@ def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handi
         output = _called(request.model, images, request.args, request.kwargs or {})
         found = _logits_if_any(output)
         logits = None if found is None else found.detach().clone()
-        run.in_target = True
-        scores = targets.scores(target, output, len(leaves[0])) if callable(target) else None
-    return Forward(run, leaves, output, logits, scores, handing)
+        scores, before = None, None
+        if callable(target):
+            if found is not None and found.requires_grad and rule_tables.RIVALS in request.table:
+                with torch._C.DisableTorchFunction():
+                    before = found.clone(), get_gradient_edge(found)
+            run.in_target = True
+            scores = targets.scores(target, output, len(leaves[0]))
+    return Forward(run, leaves, output, logits, scores, before, handing)
 
 
 def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Facts]:
@@ -142,7 +149,7 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
     heads = run.find_heads(score, count, one_each=done.scores is None)
     run.coverage.check_positions()
     seeds = torch.ones_like(score)[None] if done.scores is not None else _one_hot(indices, score)
-    counted, unit = _counted(request.table, done), None
+    counted, unit = _counted(done), None
     if counted is not None:
         score, weights = counted
         unit = weights.abs().amax(2)  # so that what competes is in logits
@@ -172,11 +179,12 @@ def _together(
     """
     leaves, count = done.leaves, len(done.leaves[0])
     rows, reading = _rows(request.table, score, classes, are_logits)
-    if reading is None:
-        grads = _gradients(score, leaves, rows, retain, done.handing)
-        arrived = heads.arrived(len(rows), count)
+    found = [] if reading is None else heads.read_by(reading)
+    if reading is None or not found:
+        reading = None
+        grads = _gradients(score, leaves, classes, retain, done.handing)
+        arrived = heads.arrived(len(classes), count)
     else:
-        found = heads.read_by(reading)
         with reading.hooked(found):
             if done.handing:
                 grads = _gradients(score, leaves, rows, retain, True)
@@ -267,16 +275,20 @@ def _rows(table: rule_tables.Table, score: Tensor, classes: Tensor, is_logits: b
     return torch.cat([classes, rivals, mean]), Reading(rule, len(classes), len(rivals), count)
 
 
-def _counted(table: rule_tables.Table, done: Forward) -> tuple[Tensor, Tensor] | None:
+def _counted(done: Forward) -> tuple[Tensor, Tensor] | None:
     """The logits that a callable's scores come from, and how much each counts in them: (1, N, classes).
 
     So the classes compete as where they are asked for by number. None where nothing competes, the target is no
     callable, or its scores read something else of the model too.
     """
-    logits = _logits_if_any(done.output) if done.scores is not None and rule_tables.RIVALS in table else None
-    if done.scores is None or logits is None or logits.dim() != 2 or not is_all_of(done.scores, logits, done.leaves):
+    if done.scores is None or done.before is None:
         return None
-    (grad,) = _gradients(done.scores, (logits,), torch.ones_like(done.scores)[None], True, done.handing)
+    logits, edge = done.before
+    if logits.dim() != 2 or len(logits) != len(done.scores) or not is_all_of(done.scores, edge, done.leaves):
+        return None
+    ones = torch.ones_like(done.scores)[None]
+    seed = Relevance(done.scores.shape, done.scores.dtype, [Gradient(ones)]) if done.handing else ones[0]
+    (grad,) = torch.autograd.grad(done.scores, [edge], seed, retain_graph=True, allow_unused=True)
     if grad is None:
         return None
     return logits, (grad.gradients() if isinstance(grad, Relevance) else grad[None])
@@ -297,10 +309,12 @@ def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevan
     speaks_for, against = reading.evidence
     if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
         return relevance
-    sign, flat = torch.where(speaks_for > 0, 1.0, -1.0), (1,) * len(size)
-    found: Tensor = rule([field * sign.reshape(*sign.shape, *flat) for field in coarse], size)
-    positive = found.clamp(min=0).flatten(2).sum(2)
-    scale = torch.where(positive > 0, (speaks_for + (sign < 0) * against) / positive.clamp(min=NOTHING), 0)
+    flat = (1,) * len(size)
+    sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
+    found: Tensor = sign * rule([field * sign for field in coarse], size)
+    positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)
+    scale = torch.where(negative < 0, against / negative.clamp(max=-NOTHING), 0)
+    scale = torch.where((positive > 0) & (speaks_for > 0), speaks_for / positive.clamp(min=NOTHING), scale)
     found = found * scale.reshape(*scale.shape, *flat)
     if not request.whole:
         return found

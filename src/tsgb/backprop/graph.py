@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from . import operators
 from .nodes import Ruling
@@ -33,10 +33,9 @@ __all__ = [
 ]
 
 _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of nodes' metadata
-_OUTPUTS = "tsgb.outputs"
+_OUTPUTS, _CHANNELS = "tsgb.outputs", "tsgb.channels"
 
 _SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
-_MOVING = {"permute", "transpose"}
 
 
 def ruling_of(node: Node | None) -> Ruling | None:
@@ -99,19 +98,40 @@ def is_unseen(node: Node) -> bool:
     return operators.BENDING.search(node.name()) is not None
 
 
-def keep_output(tensor: Tensor, cell: Cell) -> None:
-    """Keep a value of a map on the node that made it, if it has positions."""
-    if tensor.grad_fn is not None and tensor.dim() > 2 and tensor[0].numel() > max(tensor.shape[1], tensor.shape[-1]):
-        notes(tensor.grad_fn).setdefault(_OUTPUTS, {})[tensor.output_nr] = cell
+def keep_output(tensor: Tensor, cell: Cell, inputs: Iterable[Tensor]) -> None:
+    """Keep a value of a map on the node that made it, if it has positions, and in which dimension its channels are."""
+    if tensor.grad_fn is not None and tensor.dim() > 2:
+        place = _channels(tensor, inputs)
+        notes(tensor.grad_fn).setdefault(_CHANNELS, {})[tensor.output_nr] = place
+        if tensor[0].numel() > max(tensor.shape[1], tensor.shape[place]):
+            notes(tensor.grad_fn).setdefault(_OUTPUTS, {})[tensor.output_nr] = cell
 
 
-def output_of(node: Node, place: int) -> tuple[Tensor | None, bool]:
-    """Give an output that was kept, and whether its channels stand last."""
+def output_of(node: Node, place: int) -> tuple[Tensor | None, int]:
+    """Give an output that was kept, and the dimension of its channels."""
     handing = getattr(ruling_of(node), "handing", None)
     cell = notes(node).get(_OUTPUTS, {}).get(place)
+    channels = notes(node).get(_CHANNELS, {}).get(place, 1)
     if handing is not None:
-        return None if cell is None else cell.tensor, handing.is_last
-    return (None, False) if cell is None else (cell.tensor, _is_last(node, cell.tensor.shape))
+        channels = len(node.shape) - 1 if handing.is_last else 1  # type: ignore[attr-defined]
+    return None if cell is None else cell.tensor, channels
+
+
+def _channels(tensor: Tensor, inputs: Iterable[Tensor]) -> int:
+    """In which dimension the channels of a tensor with positions are: where its maker puts, finds or has moved them."""
+    ruling, last = ruling_of(tensor.grad_fn), tensor.dim() - 1
+    if ruling is not None and ruling.head_rule is not None:
+        return last if ruling.is_linear else 1
+    given = next((t for t in inputs if t.grad_fn not in (None, tensor.grad_fn) and t.dim() > 2), tensor._base)
+    if given is None or given.grad_fn is None:  # it was written in place
+        below = tensor.grad_fn.next_functions if tensor.grad_fn is not None else ()
+        return next((min(output_of(node, place)[1], last) for node, place in below if node is not None), 1)
+    before = output_of(given.grad_fn, given.output_nr)[1]
+    is_view = tensor._base is not None and (tensor._base is given or tensor._base is given._base)
+    strides = [[*zip(t.shape, t.stride(), strict=True)] for t in (given, tensor)]
+    if is_view and strides[0] != strides[1] and sorted(strides[0]) == sorted(strides[1]):  # dimensions are exchanged
+        return strides[1].index(strides[0][before])
+    return last if before == given.dim() - 1 else min(before, last)
 
 
 def has_positions(node: Node) -> bool:
@@ -121,15 +141,6 @@ def has_positions(node: Node) -> bool:
         return _OUTPUTS in notes(node)
     shape = node.shape  # type: ignore[attr-defined]
     return bool((shape[1:-1] if handing.is_last else shape[2:]).numel() > 1)
-
-
-def _is_last(node: Node, shape: torch.Size) -> bool:
-    """Tell whether channels stand last: where a linear layer put them, or what was moved since has as many there."""
-    below = list(walk(node, stop=has_weights))
-    rulings = [ruling_of(n) for n in below]
-    made = [r for r in rulings if r is not None and r.head_rule is not None]
-    is_moved = any(r.is_linear for r in made) or any(name(n) in _MOVING for n in below)
-    return bool(made) and is_moved and all(shape[-1] == r.channels != shape[1] for r in made)
 
 
 def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
@@ -147,13 +158,18 @@ def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) 
                     ahead.append(edge)
 
 
-def is_all_of(target: Tensor, source: Tensor, leaves: Sequence[Tensor]) -> bool:
+def is_all_of(target: Tensor, source: GradientEdge, leaves: Sequence[Tensor]) -> bool:
     """Tell whether the model enters a target through one tensor alone: no weights and no image beside it."""
-    node = source.grad_fn
-    for found in walk(target.grad_fn, stop=lambda n: n is node):
-        if found is not node and (has_weights(found) or any(getattr(found, "variable", None) is x for x in leaves)):
+    ahead, seen = [(target.grad_fn, target.output_nr)], set()
+    while ahead:
+        node, place = ahead.pop()
+        if node is None or (node is source.node and place == source.output_nr) or (node, place) in seen:
+            continue
+        seen.add((node, place))
+        if node is source.node or has_weights(node) or any(getattr(node, "variable", None) is x for x in leaves):
             return False
-    return node is not None
+        ahead.extend(node.next_functions)
+    return True
 
 
 def gate(a: Tensor, b: Tensor, bending: Collection[str]) -> Tensor | None:

@@ -78,14 +78,15 @@ class Heads:
             head.f, head.count, head.is_single = float(self.f or 0), count, one_each and not self.above
 
     def read_by(self, reading: Reading) -> list[Node]:
-        """Let a reading note what the convolutions below share; give the nodes where the classes compete."""
-        for node in self._below:
+        """Let a reading note what the convolutions below share; give the nodes where the classes compete, if any."""
+        found = tops(self._nodes)
+        for node in self._below if found else ():
             ruling = graph.ruling_of(node)
             if ruling is not None and ruling.is_whole and ruling.f is None:  # and is no head
                 ruling.reading = reading
                 if ruling.handing is not None:
                     ruling.handing.reading = reading
-        return tops(self._nodes)
+        return found
 
     def arrived(self, classes: int, count: int) -> Tensor:
         """Tell for each class and image (K, N) whether any gradient arrived in the last backward."""

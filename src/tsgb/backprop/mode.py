@@ -179,7 +179,7 @@ class Backprop(TorchFunctionMode):
                 output = separate(args, output)
             elif any(t.requires_grad for t in operators.tensors(output)):  # and not the number of its dimensions
                 self._keep_outputs(call)
-            return self._read(self._note(call, output))
+            return self._read(call, self._note(call, output))
         ruling, call = met
         if self._is_handing:
             self._keep_outputs(call)
@@ -188,7 +188,7 @@ class Backprop(TorchFunctionMode):
         self._release_below(ruling, call.args[0])
         with self._kept.watching():
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
-            return self._read(o if call.inplace is None else call.inplace.copy_(o))
+            return self._read(call, o if call.inplace is None else call.inplace.copy_(o))
 
     def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
         """Find the rule that a call meets, if any: by its role among its operands, else by its name.
@@ -277,11 +277,11 @@ class Backprop(TorchFunctionMode):
             if ruling is not None and ruling.handing is not None and ruling.o is None:
                 ruling.o = self._kept.pack(tensor)
 
-    def _read(self, output: Any) -> Any:
+    def _read(self, call: Call, output: Any) -> Any:
         """Keep what has positions, as the classes may compete there."""
         for tensor in operators.tensors(output) if self._is_reading else ():
             if tensor.requires_grad:
-                graph.keep_output(tensor, self._kept.pack(tensor))
+                graph.keep_output(tensor, self._kept.pack(tensor), operators.tensors((call.args, call.kwargs)))
         return output
 
     def _release_below(self, ruling: Ruling, x: Tensor) -> None:

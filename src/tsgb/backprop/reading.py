@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class Reading:
         self._gates: dict[tuple[Node, int], Tensor] = {}
 
     def note(self, field: Tensor) -> None:
-        """Keep what a convolution shares: (K, N, *positions)."""
-        self.fields.append(field)
+        """Keep what a convolution shares: (K, N, *positions), or (K, positions, N) of a sequence first."""
+        self.fields.append(field.transpose(1, 2) if self._is_swapped(field) else field)
 
     @contextmanager
     def hooked(self, found: Sequence[Node]) -> Iterator[None]:
@@ -78,17 +79,15 @@ class Reading:
         if isinstance(grad, Relevance) and not any(isinstance(part, Gradient) for part in grad.parts):
             gate = self._gate(summed(grad.parts).squeeze(2)).unsqueeze(2)
             return Relevance(grad.shape, grad.dtype, [self._part(part, gate) for part in grad.parts])
-        o, is_last = graph.output_of(node, nr)
+        o, dim = graph.output_of(node, nr)
         if o is None and ruling is not None and ruling.o is not None:
             o = ruling.o.tensor
         if o is None:
             raise LostError("an output was let go where classes compete")
-        dim = -1 if is_last else 2
         if isinstance(grad, Relevance):
             grads = grad.gradients()
-            gate = self._gate((grads * single(o)).sum(dim))
-            return Relevance(grad.shape, grad.dtype, [Gradient(self._own(grads) * gate.unsqueeze(dim))])
-        dim = -1 if is_last else 1
+            gate = self._gate((grads * single(o)).sum(dim + 1))
+            return Relevance(grad.shape, grad.dtype, [Gradient(self._own(grads) * gate.unsqueeze(dim + 1))])
         if self._heard is not None:
             self._heard.setdefault(key, []).append((single(grad) * single(o)).sum(dim))
             return grad
@@ -96,7 +95,7 @@ class Reading:
 
     def _gate(self, evidence: Tensor) -> Tensor:
         """How far each class holds each position (K, N, *positions), of the evidence of all rows."""
-        if evidence.dim() == 3 and evidence.shape[1] != self._count == evidence.shape[2]:  # (T, N) of a sequence first
+        if self._is_swapped(evidence):
             return self._gate(evidence.transpose(1, 2)).transpose(1, 2)
         own = self._own(evidence)
         gate = torch.ones_like(own)
@@ -106,6 +105,10 @@ class Reading:
         passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
         self.evidence = passed if self.evidence is None else self.evidence + passed
         return gate
+
+    def _is_swapped(self, rows: Tensor) -> bool:
+        """Tell rows (K, T, N) of a sequence-first network."""
+        return rows.dim() == 3 and rows.shape[1] != self._count == rows.shape[2]
 
     def _own(self, rows: Tensor) -> Tensor:
         """Of all rows those asked for, less what all classes share."""
@@ -126,9 +129,26 @@ class Reading:
 
 
 def tops(heads: Sequence[Node]) -> list[Node]:
-    """Where the evidence meets the map: the first nodes below the heads whose output has positions."""
-    edges = [edge for node in heads for edge, _ in node.next_functions if edge is not None]
-    found: dict[Node, None] = {}
-    for edge in edges:
-        found.update(dict.fromkeys(n for n in graph.walk(edge, stop=graph.has_positions) if graph.has_positions(n)))
-    return list(found)
+    """Where the evidence meets the map: the first nodes below the heads whose output has positions.
+
+    Where one of them lies below another, as in a block that leaves one position by some of its branches alone, it is
+    the first that all goes through; none if there is no such.
+    """
+    edges = [edge for node in heads for edge in _below(node)]
+    found = [node for node in _reached(edges, graph.has_positions) if graph.has_positions(node)]
+    if len(found) == 1 or not any(_reached(_below(node)).keys() & set(found) for node in found):
+        return found
+    ends = {node for node in _reached(edges) if not _below(node)}
+    for candidate in filter(graph.has_positions, _reached(edges)):
+        if not ends & _reached(edges, partial(is_, candidate)).keys():
+            return [candidate]
+    return []
+
+
+def _below(node: Node) -> list[Node]:
+    return [edge for edge, _ in node.next_functions if edge is not None]
+
+
+def _reached(edges: Sequence[Node], stop: Callable[[Node], bool] = lambda node: False) -> dict[Node, None]:
+    """The nodes from some on towards the image, in order, not past those where ``stop`` holds."""
+    return {node: None for edge in edges for node in graph.walk(edge, stop)}

@@ -87,7 +87,8 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         size: of the map, with as many dimensions as the fields have positions.
 
     Returns:
-        (K, N, *size), at most 3/2; 0 where no field is positive.
+        (K, N, *size), at most 3/2. Where no field is positive anywhere, once smoothed, it is the map of what speaks
+        against, at least -3/2.
 
     Raises:
         ValueError: no fields.
@@ -105,15 +106,17 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     finest = max(by_size, key=lambda s: torch.Size(s).numel())
     grid = _divided(finest, math.ceil(min(finest) / _SIDE))
     side = min(grid)
-    total = torch.zeros((), dtype=fields[0].dtype, device=fields[0].device)
+    smooth = []
     for key, field in by_size.items():
         own = side / min(key) / 2 if min(key) < side else 0.0  # what interpolation from its positions smooths
         rest = max(0.0, (_FINE * side) ** 2 - own**2) ** 0.5
-        total = total + _over_largest(_smoothed(_resized(field, grid), rest))
-    total = _over_largest(total)
+        smooth.append(_smoothed(_resized(field, grid), rest))
+    largest = torch.stack([field.flatten(2).amax(2) for field in smooth]).amax(0)
+    sign = torch.where(largest > 0, 1.0, -1.0).to(largest.dtype).reshape(*largest.shape, *(1 for _ in grid))
+    total = _over_largest(torch.stack([_over_largest(sign * field) for field in smooth]).sum(0))
     small = _divided(grid, _COARSE if side > _SIDE // 2 else 1)
     wide = _smoothed(_resized(total.clamp(min=0), small), _WIDE * min(small))
-    return _resized(total + _SHARE * _over_largest(_resized(wide, grid)), size)
+    return _resized(sign * (total + _SHARE * _over_largest(_resized(wide, grid))), size)
 
 
 def _divided(size: Sequence[int], by: int) -> tuple[int, ...]:
