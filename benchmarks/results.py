@@ -57,10 +57,10 @@ RUNS: dict[str, str] = {
     "voc-deeplab": _run("deeplab", "coco_voc", _LARGE, "mask_ap,pointing,energy,box_ap", 40),
     "checks-deeplab": _run("deeplab", "coco_voc", _CHECKED, f"{_BOXES},sensitivity,random_logit", 20),
     **{f"grids-{name}": _run(name, "imagenet_single400", _LARGE, "grid,grid_ap") for name in _IMAGENET},
-    **{f"checks-{name}": _run(name, "imagenet_val400", _CHECKED, _CHECKS, 30) for name in _IMAGENET},
+    **{f"checks-{name}": _run(name, "imagenet_val400", _CHECKED, _CHECKS, 20) for name in _IMAGENET},
     "checks-scenes": _run("bundled", "", _CHECKED, _CHECKS, 40),
     "slow-scenes": _run("bundled", "", _SLOW, _MASKS, 40),
-    **{f"slow-{name}": _run(name, "imagenet_val400", _SLOW, _CLEAR, 30) for name in _IMAGENET},
+    **{f"slow-{name}": _run(name, "imagenet_val400", _SLOW, _CLEAR, 20) for name in _IMAGENET},
     "cost": _run("mobilenet", "imagenet_val400", f"{_ALL},smoothgrad,integrated-gradients", "speed,memory", 8),
 }
 

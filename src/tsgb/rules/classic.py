@@ -2,8 +2,8 @@
 
 They are rivals to measure TSGB against, in the form of `formulas` and `tables`: each is one table, runs on any
 spelling of a network, and serves `tsgb.explain` too. GUIDED and DECONVNET change the gradient at rectifiers alone;
-their own maps are of ``|gradient|``, while `tsgb.explain` shows image * gradient. EXCITATION and CONTRASTIVE are
-written as gradients: the probability of a tensor is tensor * gradient.
+their own maps are of ``|gradient|``, while `tsgb.explain` shows image * gradient under them. EXCITATION and CONTRASTIVE
+are written as gradients: the probability of a tensor is tensor * gradient.
 """
 
 from collections.abc import Callable
