@@ -409,6 +409,7 @@ def test_no_output_replaces_a_picture(reverse):
         (["--std", "red"], ["--std", "'red'"]),
         (["--resize", "fit"], ["--resize", "squash or crop", "'fit'"]),
         (["--f", "2"], ["--f", "from 0 to 1", "2.0"]),
+        (["--f", "0.5"], ["--f", "tsgb-pixels or tsgb-paper", "no f"]),
         (["--f", "nan"], ["--f", "from 0 to 1", "nan"]),
         (["--f", "half"], ["--f"]),
         (["--target"], ["--target"]),
