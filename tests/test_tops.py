@@ -13,6 +13,13 @@ from tsgb import rules
 DEFAULT = rules.DEFAULT
 
 
+def assert_twins(model, twin, x):
+    """Check that two networks which compute the same have one map, in either form of the rules."""
+    expected = tsgb.explain(twin, x, [[0, 1], [2, 3]]).maps
+    for table in (DEFAULT, rules.plain(DEFAULT)):
+        assert relative(tsgb.explain(model, x, [[0, 1], [2, 3]], rules=table).maps, expected) < 1e-9
+
+
 class Net(nn.Module):
     """Two convolutions and a head, told by ``end`` how to come from features (N, 8, 8, W) to logits."""
 
@@ -58,9 +65,7 @@ def test_the_classes_compete_wherever_the_channels_stand(move, normed, side):
         return net.c((torch.relu(x) if normed else x).mean((2, 3)))
 
     x = torch.rand(2, 3, 16, 2 * side, dtype=torch.float64)
-    expected = tsgb.explain(Net(first), x, [[0, 1], [2, 3]]).maps
-    for table in (DEFAULT, rules.plain(DEFAULT)):
-        assert relative(tsgb.explain(Net(end), x, [[0, 1], [2, 3]], rules=table).maps, expected) < 1e-9
+    assert_twins(Net(end), Net(first), x)
 
 
 def test_tokens_are_positions():
@@ -68,9 +73,7 @@ def test_tokens_are_positions():
         return net.c(x.flatten(2).mT.mean(1))
 
     x = torch.rand(2, 3, 16, 12, dtype=torch.float64)
-    expected = tsgb.explain(Net(lambda net, x: net.c(x.mean((2, 3)))), x, [[0, 1], [2, 3]]).maps
-    for table in (DEFAULT, rules.plain(DEFAULT)):
-        assert relative(tsgb.explain(Net(tokens), x, [[0, 1], [2, 3]], rules=table).maps, expected) < 1e-9
+    assert_twins(Net(tokens), Net(lambda net, x: net.c(x.mean((2, 3)))), x)
 
 
 class Series(nn.Module):
@@ -91,9 +94,7 @@ class Series(nn.Module):
 
 def test_a_layer_of_a_sequence_first_has_its_field_too():
     x = torch.rand(2, 3, 20, dtype=torch.float64)
-    expected = tsgb.explain(Series(False), x, [[0, 1], [2, 3]]).maps
-    for table in (DEFAULT, rules.plain(DEFAULT)):
-        assert relative(tsgb.explain(Series(True), x, [[0, 1], [2, 3]], rules=table).maps, expected) < 1e-9
+    assert_twins(Series(True), Series(False), x)
 
 
 class Reduced(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -219,7 +219,7 @@ def _format(image: Tensor, handing: bool) -> torch.memory_format:
 
 
 def _gradients(
-    score: Tensor, leaves: tuple[Tensor, ...], seeds: Tensor, retain: bool, handing: bool
+    score: Tensor, leaves: Sequence[Tensor] | Sequence[GradientEdge], seeds: Tensor, retain: bool, handing: bool
 ) -> tuple[Tensor | None, ...]:
     """What arrives at each leaf of K seeds (K, *shape of the score): a `Relevance`, or the gradient of one class."""
     seed = Relevance(score.shape, score.dtype, [Gradient(seeds)]) if handing else seeds[0]
@@ -286,9 +286,7 @@ def _counted(done: Forward) -> tuple[Tensor, Tensor] | None:
     logits, edge = done.before
     if logits.dim() != 2 or len(logits) != len(done.scores) or not is_all_of(done.scores, edge, done.leaves):
         return None
-    ones = torch.ones_like(done.scores)[None]
-    seed = Relevance(done.scores.shape, done.scores.dtype, [Gradient(ones)]) if done.handing else ones[0]
-    (grad,) = torch.autograd.grad(done.scores, [edge], seed, retain_graph=True, allow_unused=True)
+    (grad,) = _gradients(done.scores, (edge,), torch.ones_like(done.scores)[None], True, done.handing)
     if grad is None:
         return None
     return logits, (grad.gradients() if isinstance(grad, Relevance) else grad[None])

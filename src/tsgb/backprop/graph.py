@@ -17,6 +17,7 @@ __all__ = [
     "gate",
     "has_positions",
     "has_weights",
+    "is_all_of",
     "is_centre",
     "is_known",
     "is_linear",
