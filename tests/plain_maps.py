@@ -30,11 +30,12 @@ def depths(fields, size):
 
 
 def _one(fields, size):
-    sizes = list(dict.fromkeys(tuple(field.shape) for field in fields))
-    sums = {s: sum(field for field in fields if tuple(field.shape) == s) for s in sizes}
-    finest = max(sizes, key=lambda s: s[0] * s[1])
+    finest = max((tuple(field.shape) for field in fields), key=lambda s: s[0] * s[1])
     by = math.ceil(min(finest) / 64)
     grid = tuple(round(n / by) for n in finest)
+    fields = [_on(field, grid) * field.numel() / math.prod(grid) if _is_finer(field, grid) else field for field in fields]
+    sizes = list(dict.fromkeys(tuple(field.shape) for field in fields))
+    sums = {s: sum(field for field in fields if tuple(field.shape) == s) for s in sizes}
     side = min(grid)
     total, smooth = torch.zeros(grid, dtype=fields[0].dtype), []
     for s, field in sums.items():
@@ -48,6 +49,10 @@ def _one(fields, size):
     small = tuple(round(n / 4) for n in grid) if side > 32 else grid
     wide = _blurred(_on(total.clamp(min=0), small), min(small) / 8)
     return _on(sign * (total + _over_largest(_on(wide, grid)) / 2), size)
+
+
+def _is_finer(m, grid):
+    return all(n >= g for n, g in zip(m.shape, grid, strict=True))
 
 
 def _over_largest(m):

@@ -33,6 +33,7 @@ def test_rivalry_is_its_twin(asked):
         ([(1, 1)], (6, 6)),
         ([(40, 36), (10, 9)], (40, 36)),
         ([(130, 136), (33, 34)], (65, 68)),  # a grid of its own, and coarser than the finest field
+        ([(130, 136), (70, 72), (43, 45), (43, 80)], (65, 68)),  # finer than the grid, the grid, and neither
     ],
 )
 def test_depths_is_its_twin(sizes, size):
@@ -41,6 +42,15 @@ def test_depths_is_its_twin(sizes, size):
     fields[0][0] = -fields[0][0].abs()
     expected = plain_maps.depths(fields, size)
     assert torch.allclose(rules.depths(fields, size), expected, atol=1e-10)
+
+
+def test_fields_finer_than_the_grid_count_as_one():
+    torch.manual_seed(0)
+    fine, grid, coarse = torch.rand(1, 1, 128, 128), torch.rand(1, 1, 64, 64), torch.rand(1, 1, 8, 8)
+    sums = torch.nn.functional.avg_pool2d(fine, 2) * 4
+    found = rules.depths([fine, grid, coarse], (64, 64))
+    assert torch.allclose(found, rules.depths([sums + grid, coarse], (64, 64)), atol=1e-5)
+    assert not torch.allclose(found, rules.depths([grid, coarse], (64, 64)), atol=1e-2)
 
 
 def test_depths_in_one_and_three_dimensions():

@@ -19,7 +19,7 @@ __all__ = ["depths", "rivalry"]
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 _FINE, _WIDE = 1 / 64, 1 / 8  # of the shorter side of the map: see `depths`
 _SHARE = 0.5  # of the wide Gaussian in the map
-_SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart
+_SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart: finer fields are added up
 _COARSE = 4  # of these side by side, which the wide one does not tell apart
 _REACH = 3  # standard deviations after which a Gaussian is cut
 _BAND = 0.1  # of correlations to either side, in which a sibling becomes a rival
@@ -78,9 +78,11 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         M = mean over sizes of F_s / max F_s,   F_s = sum of the fields c of that size, smoothed
         map = M / max M + 1/2 G(M) / max G(M)
 
-    ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The Gaussian that smooths has a
-    standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does; G, of an eighth,
-    lets what is near the evidence outrank what is far from it.
+    ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The finest size is divided until its
+    shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of that
+    size: a network that answers at so fine a resolution itself would else be outvoted by its stem. The Gaussian that
+    smooths has a standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does; G, of
+    an eighth, lets what is near the evidence outrank what is far from it.
 
     Args:
         fields: each (K, N, *positions), any sign; those of one size are added up.
@@ -99,13 +101,14 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     """
     if not fields:
         raise ValueError("depths needs at least one field (K, N, *positions), got none")
-    by_size: dict[tuple[int, ...], Tensor] = {}
-    for field in fields:
-        key = tuple(field.shape[2:])
-        by_size[key] = by_size[key] + field if key in by_size else field
-    finest = max(by_size, key=lambda s: torch.Size(s).numel())
+    finest = max((field.shape[2:] for field in fields), key=torch.Size.numel)
     grid = _divided(finest, math.ceil(min(finest) / _SIDE))
     side = min(grid)
+    by_size: dict[tuple[int, ...], Tensor] = {}
+    for field in fields:
+        kept = _joined(field, grid)
+        key = tuple(kept.shape[2:])
+        by_size[key] = by_size[key] + kept if key in by_size else kept
     smooth = []
     for key, field in by_size.items():
         own = side / min(key) / 2 if min(key) < side else 0.0  # what interpolation from its positions smooths
@@ -117,6 +120,14 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     small = _divided(grid, _COARSE if side > _SIDE // 2 else 1)
     wide = _smoothed(_resized(total.clamp(min=0), small), _WIDE * min(small))
     return _resized(sign * (total + _SHARE * _over_largest(_resized(wide, grid))), size)
+
+
+def _joined(field: Tensor, grid: Sequence[int]) -> Tensor:
+    """A field as it is on the grid, of the same sum, where it is finer."""
+    size = field.shape[2:]
+    if tuple(size) == tuple(grid) or any(n < m for n, m in zip(size, grid, strict=True)):
+        return field
+    return _resized(field, grid) * (size.numel() / torch.Size(grid).numel())
 
 
 def _divided(size: Sequence[int], by: int) -> tuple[int, ...]:
