@@ -33,7 +33,7 @@ def _one(fields, size):
     finest = max((tuple(field.shape) for field in fields), key=lambda s: s[0] * s[1])
     by = math.ceil(min(finest) / 64)
     grid = tuple(round(n / by) for n in finest)
-    fields = [_on(field, grid) * field.numel() / math.prod(grid) if _is_finer(field, grid) else field for field in fields]
+    fields = [_summed(field, grid) for field in fields]
     sizes = list(dict.fromkeys(tuple(field.shape) for field in fields))
     sums = {s: sum(field for field in fields if tuple(field.shape) == s) for s in sizes}
     side = min(grid)
@@ -51,8 +51,10 @@ def _one(fields, size):
     return _on(sign * (total + _over_largest(_on(wide, grid)) / 2), size)
 
 
-def _is_finer(m, grid):
-    return all(n >= g for n, g in zip(m.shape, grid, strict=True))
+def _summed(m, grid):
+    """A finer field on the grid, of the same sum."""
+    is_finer = all(n >= g for n, g in zip(m.shape, grid, strict=True))
+    return _on(m, grid) * m.numel() / math.prod(grid) if is_finer else m
 
 
 def _over_largest(m):

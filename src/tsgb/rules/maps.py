@@ -78,11 +78,11 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         M = mean over sizes of F_s / max F_s,   F_s = sum of the fields c of that size, smoothed
         map = M / max M + 1/2 G(M) / max G(M)
 
-    ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The finest size is divided until its
-    shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of that
-    size: a network that answers at so fine a resolution itself would else be outvoted by its stem. The Gaussian that
-    smooths has a standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does; G, of
-    an eighth, lets what is near the evidence outrank what is far from it.
+    ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The finest size is divided until
+    its shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of
+    that size: a network that answers at so fine a resolution itself would else be outvoted by its stem. The Gaussian
+    that smooths has a standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does;
+    G, of an eighth, lets what is near the evidence outrank what is far from it.
 
     Args:
         fields: each (K, N, *positions), any sign; those of one size are added up.
