@@ -106,11 +106,20 @@ class CompiledExplainer:
                 passed = partial(_passed, request, is_filled)
                 program = hands_on(lambda handing: _traced(passed, inputs, target, handing))
                 targets.check_range(target, program.classes)
-                _check_trace(program.run(tensors), hands_on(lambda handing: passed(inputs, target, handing)))
+                traced = program.run(tensors)
+                if not _are_close(traced, hands_on(lambda handing: passed(inputs, target, handing))[0]):
+                    raise RuntimeError(
+                        "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, "
+                        "say): use tsgb.explain"
+                    )
                 if self._backend != "eager":
                     call = torch.compile(program.graph, backend=self._backend, dynamic=False, fullgraph=True)
                     program = replace(program, call=call)
-                    program.run(tensors)  # which compiles it
+                    if not _are_close(program.run(tensors), traced):
+                        raise RuntimeError(
+                            f"the backend {self._backend!r} of torch.compile made code of the model's graph that gives "
+                            'another map: use tsgb.explain, or tsgb.compile(..., backend="eager")'
+                        )
                 while len(self._programs) >= _KEPT:
                     del self._programs[next(iter(self._programs))]
                 self._programs[key] = program
@@ -208,23 +217,20 @@ def _passed(
         return passes.backward(request, target, forward)
 
 
-def _check_trace(ours: Pass, eager: tuple[Pass, Facts]) -> None:
-    """Compare the graph with `explain`: logits closely, maps as far as another order of the same sums lets one.
+def _are_close(one: Pass, other: Pass) -> bool:
+    """Compare two passes: logits closely, maps as far as another order of the same sums lets one.
 
     A near tie under max pooling, which the last digit decides, moves a part of a map.
     """
-    theirs = eager[0]
-    pairs = [(ours.targets, theirs.targets, 0.0), (ours.arrived, theirs.arrived, 0.0)]
-    pairs += [(one, other, _MAPS) for one, other in zip(ours.relevance, theirs.relevance, strict=True)]
-    if ours.logits is not None and theirs.logits is not None:
-        pairs.append((ours.logits, theirs.logits, _LOGITS))
-    for one, other, share in pairs:
-        a, b = one.double(), other.to(one.device).double()
+    pairs = [(one.targets, other.targets, 0.0), (one.arrived, other.arrived, 0.0)]
+    pairs += [(ours, theirs, _MAPS) for ours, theirs in zip(one.relevance, other.relevance, strict=True)]
+    if one.logits is not None and other.logits is not None:
+        pairs.append((one.logits, other.logits, _LOGITS))
+    for ours, theirs, share in pairs:
+        a, b = ours.double(), theirs.to(ours.device).double()
         if not (a - b).norm() <= share * b.norm() and not b.isnan().any():
-            raise RuntimeError(
-                "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, say): use "
-                "tsgb.explain"
-            )
+            return False
+    return True
 
 
 def _divided(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:

@@ -196,7 +196,8 @@ class Convolution(Handing):
         sizes = self._sizes()
         size = _grouped(sizes, self._fields, 1)
         if self.below == SUMS:
-            sums = self._sums if _fields(parts) is None or classes_of(parts) < _MANY else self._sums_at_once
+            at_once = _fields(parts) is not None and (is_traced() or classes_of(parts) >= _MANY)
+            sums = self._sums_at_once if at_once else self._sums
             pieces = in_pieces(len(size), size[0].numel())
             return Summed(torch.cat([sums(rows_of(parts, rows), size[rows]) for rows in pieces], 1))
         n = self._windows.sums(size, EPS)
@@ -209,7 +210,7 @@ class Convolution(Handing):
         """The sums over channels below, of some images."""
         n = self._windows.sums(size, EPS)
         fields = _fields(parts) if len(parts) == classes_of(parts) == 1 else None
-        if fields is None or is_traced():
+        if fields is None:
             shared = _grouped(dense(parts), self._fields, 2).div_(n)
         else:  # the same in the place of n
             factor, base = fields[0]
@@ -366,8 +367,11 @@ def _fields(parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]] | None:
 
 
 def in_pieces(count: int, numel: int) -> list[slice]:
-    """Cut images into pieces whose tensors stay in the cache, and below the size for which memory is mapped anew."""
-    step = max(1, _PIECE // numel)
+    """Cut images into pieces whose tensors stay in the cache, and below the size for which memory is mapped anew.
+
+    A compiled graph has few such tensors, and would have the same code once for each piece.
+    """
+    step = count if is_traced() else max(1, _PIECE // numel)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..tracing import is_traced
+
 __all__ = ["Windows"]
 
 
@@ -100,9 +102,12 @@ class Windows:
             first, count = self.before[place], x.shape[dim]
             shape = list(x.shape)
             shape[dim] = first + size[place] + self.after[place]
-            total = x.new_zeros(shape)
-            for j in range(k):
-                _every(total, dim, j * d, step, count).add_(x)
+            if is_traced():
+                total = _put_together([x] * k, dim, step, d, shape[dim])
+            else:
+                total = x.new_zeros(shape)
+                for j in range(k):
+                    _every(total, dim, j * d, step, count).add_(x)
             x = total.narrow(dim, first, size[place])
         return x
 
@@ -159,17 +164,28 @@ class Windows:
 
     def _spread_shared(self, field: Tensor, size: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
         """For each place in the window, add the field times what all classes share there."""
+        dims = range(len(self.kernel))
         whole = functional.pad(size, [n for e in zip(self.before[::-1], self.after[::-1], strict=True) for n in e])
         total = field.new_zeros(*field.shape[:2], 1, *whole.shape[2:])
+        products = []
         for offset in product(*(range(k) for k in self.kernel)):
             seen, given = whole, total
-            for place, j in enumerate(offset):
-                step, count, d = self.stride[place], field.shape[3 + place], self.dilation[place]
-                seen = _every(seen, 2 + place, j * d, step, count)
-                given = _every(given, 3 + place, j * d, step, count)
-            given.addcmul_(field, of(seen).sum(1, keepdim=True))
-        for place, first in enumerate(self.before):
-            total = total.narrow(3 + place, first, size.shape[2 + place])
+            for n in dims:
+                start, step, count = offset[n] * self.dilation[n], self.stride[n], field.shape[3 + n]
+                seen, given = _every(seen, 2 + n, start, step, count), _every(given, 3 + n, start, step, count)
+            values = of(seen).sum(1, keepdim=True)
+            if is_traced():
+                products.append(field * values)
+            else:
+                given.addcmul_(field, values)
+        if is_traced():
+            for n in reversed(dims):
+                lines = [products[first : first + self.kernel[n]] for first in range(0, len(products), self.kernel[n])]
+                ends = self.stride[n], self.dilation[n], whole.shape[2 + n]
+                products = [_put_together(line, n - len(self.kernel), *ends) for line in lines]
+            (total,) = products
+        for n in dims:
+            total = total.narrow(3 + n, self.before[n], size.shape[2 + n])
         return total
 
     def reaching(self, size: Sequence[int], out: Sequence[int]) -> Windows:
@@ -194,3 +210,21 @@ def _every(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
     slices = [slice(None)] * x.dim()
     slices[dim] = slice(start, start + (count - 1) * step + 1, step)
     return x[tuple(slices)]
+
+
+def _put_together(given: Sequence[Tensor], dim: int, step: int, dilation: int, size: int) -> Tensor:
+    """Add tensors up, the j-th at every ``step``-th of ``size`` positions from ``j * dilation`` on, for a graph.
+
+    It writes on no slices, as of many such writes torch's compiler has made wrong code. ``dim`` counts from the end.
+    """
+    length = -(-size // step)
+    sums: list[Tensor | None] = [None] * step  # of the positions that leave the same remainder
+    for j, x in enumerate(given):
+        first, rest = divmod(j * dilation, step)
+        placed = functional.pad(x, [0, 0] * (-1 - dim) + [first, length - x.shape[dim] - first])
+        before = sums[rest]
+        sums[rest] = placed if before is None else before + placed
+    nothing = torch.zeros_like(next(x for x in sums if x is not None))
+    axis = given[0].dim() + dim + 1
+    side_by_side = torch.stack([nothing if x is None else x for x in sums], axis).flatten(axis - 1, axis)
+    return side_by_side.narrow(dim, 0, size)
