@@ -367,10 +367,7 @@ def _fields(parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]] | None:
 
 
 def in_pieces(count: int, numel: int) -> list[slice]:
-    """Cut images into pieces whose tensors stay in the cache, and below the size for which memory is mapped anew.
-
-    A compiled graph has few such tensors, and would have the same code once for each piece.
-    """
+    """Cut images into pieces that stay in the cache, and for which no memory is mapped anew; a graph's are whole."""
     step = count if is_traced() else max(1, _PIECE // numel)
     return [slice(start, start + step) for start in range(0, count, step)]
 
