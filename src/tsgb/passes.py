@@ -309,7 +309,8 @@ def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevan
         return relevance
     flat = (1,) * len(size)
     sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
-    found: Tensor = sign * rule([field * sign for field in coarse], size)
+    claims = [held for held in reading.claims if held.dim() == image.dim() + 1]
+    found: Tensor = sign * rule([field * sign for field in coarse], image, claims)
     positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)
     scale = torch.where(negative < 0, against / negative.clamp(max=-NOTHING), 0)
     scale = torch.where((positive > 0) & (speaks_for > 0), speaks_for / positive.clamp(min=NOTHING), scale)

@@ -29,7 +29,7 @@ from .formulas import (
     shift,
 )
 from .heads import conv_head, gradient, gradient_head, linear_head, selectivity
-from .maps import depths, rivalry
+from .maps import claims, depths, rivalry
 from .tables import (
     ACTIVATIONS,
     CONSTANT,
@@ -72,6 +72,7 @@ __all__ = [
     "activation",
     "avg_pool",
     "batch_norm",
+    "claims",
     "contrastive_head",
     "conv",
     "conv_head",

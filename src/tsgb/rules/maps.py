@@ -1,27 +1,28 @@
 """Beyond the paper: where classes compete, and how the relevance of all depths makes one map.
 
-Neither replaces a rule of `formulas`: the first weighs what arrives below the head, the second reads what the
-convolutions hand on anyway. `docs/notebook.md` has the measurements behind them.
+None replaces a rule of `formulas`: `rivalry` weighs what arrives below the head, `claims` keeps who holds what there,
+`depths` reads what the convolutions hand on anyway. `docs/notebook.md` has the measurements behind them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-__all__ = ["depths", "rivalry"]
+from .grids import guided_filter, over_largest, resized, smoothed
+
+__all__ = ["claims", "depths", "rivalry"]
 
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
-_FINE, _WIDE = 1 / 64, 1 / 8  # of the shorter side of the map: see `depths`
-_SHARE = 0.5  # of the wide Gaussian in the map
+_FINE, _WIDE, _FAR = 1 / 64, 1 / 8, 1 / 3  # of the shorter side of the map: see `depths`
+_AROUND, _GROUND, _PEAK = 1 / 5, 1 / 5, 1 / 2  # of what lies around, of the class's ground, of the peak in the map
+_DOUBT = 0.05  # of the largest claim: where all claims are less, the ground is nobody's
+_WINDOW, _NOISE = 1 / 14, 0.02  # of the guided filter: its radius, of the shorter side, and epsilon
 _SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart: finer fields are added up
 _COARSE = 4  # of these side by side, which the wide one does not tell apart
-_REACH = 3  # standard deviations after which a Gaussian is cut
 _BAND = 0.1  # of correlations to either side, in which a sibling becomes a rival
 
 
@@ -59,50 +60,105 @@ def rivalry(
         >>> rivalry(torch.cat([left, 2 * left]), 1)
         tensor([[[1., 1.]]])
     """
+    logits, rival = _against(evidence, asked, alike, temperature)
+    share = torch.cat([logits[:asked, None], logits[None, asked:] + rival[..., None].log()], 1).softmax(1)[:, 0]
+    return (floor + (1 - floor) * share).reshape(asked, *evidence.shape[1:])
+
+
+def claims(evidence: Tensor, asked: int, gate: Tensor, *, alike: float = 0.5, temperature: float = 4.0) -> Tensor:
+    """What each class that is asked for, and what its rivals, hold of the positions where they compete.
+
+    ::
+
+        e_k(p) = c_k(p) less the mean of c_r(p) over the classes that may be rivals, 0 where it is less
+        own_k = gate_k e_k
+        theirs_k = sum over r of w_r e_r exp(l_r / t) / (sum over all s that may be rivals of exp(l_s / t))
+
+    Args:
+        evidence, asked, alike, temperature: as in `rivalry`, whose w_r and l_r these are. ``gate``: what it gave.
+
+    Returns:
+        (2, K, N, *positions): ``own`` and ``theirs``, 0 or more.
+
+    Example:
+        >>> left, right = torch.tensor([[[4.0, 0.0]]]), torch.tensor([[[0.0, 4.0]]])
+        >>> rows = torch.cat([left, left, right])
+        >>> claims(rows, 1, rivalry(rows, 1)).round(decimals=1)
+        tensor([[[[1.8000, 0.0000]]],
+        <BLANKLINE>
+        <BLANKLINE>
+                [[[0.0000, 1.8000]]]])
+    """
+    logits, rival = _against(evidence, asked, alike, temperature)
+    maps = evidence.flatten(2)
+    held = (maps - maps[asked:].mean(0)).clamp(min=0)
+    theirs = torch.einsum("krn,rnp->knp", rival, held[asked:] * logits[asked:].softmax(0))
+    return torch.stack([held[:asked] * gate.flatten(2), theirs]).reshape(2, asked, *evidence.shape[1:])
+
+
+def _against(evidence: Tensor, asked: int, alike: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """The local logits over the temperature (K + R, N, P), and how far each class r is a rival of k (K, R, N)."""
     maps = evidence.flatten(2)
     logits = maps * (maps.shape[2] / temperature)
     centred = maps - maps.mean(2, keepdim=True)
     unit = centred / (centred.norm(dim=2, keepdim=True) + _TINY)
     likeness = torch.einsum("knp,rnp->krn", unit[:asked], unit[asked:])
-    rival = ((alike + _BAND - likeness) / (2 * _BAND)).clamp(0, 1)  # a step would make a class of a rounding error
-    against = logits[None, asked:] + rival[..., None].log()  # (K, R, N, P)
-    share = torch.cat([logits[:asked, None], against], 1).softmax(1)[:, 0]
-    return (floor + (1 - floor) * share).reshape(asked, *evidence.shape[1:])
+    # A step in place of the band would make a class of a rounding error.
+    return logits, ((alike + _BAND - likeness) / (2 * _BAND)).clamp(0, 1)
 
 
-def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """One map of the relevance at all depths: the mean of the fields, each over its largest value.
+def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = ()) -> Tensor:
+    """One map of the relevance at all depths: what they agree on, what the class holds around it, up to the edges.
 
     ::
 
-        M = mean over sizes of F_s / max F_s,   F_s = sum of the fields c of that size, smoothed
-        map = M / max M + 1/2 G(M) / max G(M)
+        t = M / max M,   M = mean over sizes of F_s / max F_s,   F_s = sum of the fields c of that size, smoothed
+        v = t + 1/5 G(t) / max G(t)                                       (what lies around the evidence)
+        ground = H(own) / (H(own) + H(theirs) + 1/20 max H(own))          (what is nearer to it than to rivals)
+        m = max(v, 1/5 ground) + min(v, 0)
+        map = guided_filter(m) + 1/2 t^4
 
     ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The finest size is divided until
     its shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of
     that size: a network that answers at so fine a resolution itself would else be outvoted by its stem. The Gaussian
     that smooths has a standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does;
-    G, of an eighth, lets what is near the evidence outrank what is far from it.
+    G's is an eighth; H is the sum of G and a Gaussian of a third. Of t, negative values count in v alone. The guided
+    filter, see `grids`, has a radius of a 14th and an epsilon of 0.02: it moves the map's borders to those of the
+    image; the peak, which it levels, is given back by the fourth power.
 
     Args:
         fields: each (K, N, *positions), any sign; those of one size are added up.
-        size: of the map, with as many dimensions as the fields have positions.
+        image: (N, C, *size), with as many dimensions as the fields have positions.
+        claims: each (2, K, N, *positions), of the places where the classes compete, see `claims`; none if they do not,
+            and then no ground is the class's.
 
     Returns:
-        (K, N, *size), at most 3/2. Where no field is positive anywhere, once smoothed, it is the map of what speaks
-        against, at least -3/2.
+        (K, N, *size). Where no field is positive anywhere, once smoothed, it is the map of what speaks against.
 
     Raises:
         ValueError: no fields.
 
     Example:
-        >>> depths([torch.rand(2, 1, 4, 4), torch.rand(2, 1, 8, 8)], (16, 16)).shape
+        >>> depths([torch.rand(2, 1, 4, 4), torch.rand(2, 1, 8, 8)], torch.rand(1, 3, 16, 16)).shape
         torch.Size([2, 1, 16, 16])
     """
     if not fields:
         raise ValueError("depths needs at least one field (K, N, *positions), got none")
     finest = max((field.shape[2:] for field in fields), key=torch.Size.numel)
     grid = _divided(finest, math.ceil(min(finest) / _SIDE))
+    sign, total = _agreed(fields, grid)
+    small = _divided(grid, _COARSE if min(grid) > _SIDE // 2 else 1)
+    wide = smoothed(resized(total.clamp(min=0), small), _WIDE * min(small))
+    value = total + _AROUND * over_largest(resized(wide, grid))
+    if claims:
+        ground = resized(_ground(claims, small), grid)
+        value = torch.maximum(value, _GROUND * ground) + value.clamp(max=0)
+    found = guided_filter(value, image, max(1, round(_WINDOW * min(grid))), _NOISE)
+    return sign * (found + _PEAK * resized(total.clamp(min=0).square().square(), image.shape[2:]))
+
+
+def _agreed(fields: Sequence[Tensor], grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What the depths agree on, over its largest value; and -1 for the classes that nothing speaks for, else 1."""
     side = min(grid)
     by_size: dict[tuple[int, ...], Tensor] = {}
     for field in fields:
@@ -113,13 +169,18 @@ def depths(fields: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     for key, field in by_size.items():
         own = side / min(key) / 2 if min(key) < side else 0.0  # what interpolation from its positions smooths
         rest = max(0.0, (_FINE * side) ** 2 - own**2) ** 0.5
-        smooth.append(_smoothed(_resized(field, grid), rest))
+        smooth.append(smoothed(resized(field, grid), rest))
     largest = torch.stack([field.flatten(2).amax(2) for field in smooth]).amax(0)
     sign = torch.where(largest > 0, 1.0, -1.0).to(largest.dtype).reshape(*largest.shape, *(1 for _ in grid))
-    total = _over_largest(torch.stack([_over_largest(sign * field) for field in smooth]).sum(0))
-    small = _divided(grid, _COARSE if side > _SIDE // 2 else 1)
-    wide = _smoothed(_resized(total.clamp(min=0), small), _WIDE * min(small))
-    return _resized(sign * (total + _SHARE * _over_largest(_resized(wide, grid))), size)
+    return sign, over_largest(torch.stack([over_largest(sign * field) for field in smooth]).sum(0))
+
+
+def _ground(claims: Sequence[Tensor], grid: tuple[int, ...]) -> Tensor:
+    """How far each position is the class's, 0..1: it is nearer to its claims than to those of its rivals."""
+    held = torch.stack([torch.stack([resized(part, grid) for part in both]) for both in claims]).sum(0)
+    own, theirs = (smoothed(part, _WIDE * min(grid)) + smoothed(part, _FAR * min(grid)) for part in held)
+    doubt = _DOUBT * own.flatten(2).amax(2).reshape(*own.shape[:2], *(1 for _ in grid))
+    return own / (own + theirs + doubt).clamp(min=_TINY)
 
 
 def _joined(field: Tensor, grid: Sequence[int]) -> Tensor:
@@ -127,45 +188,8 @@ def _joined(field: Tensor, grid: Sequence[int]) -> Tensor:
     size = field.shape[2:]
     if tuple(size) == tuple(grid) or any(n < m for n, m in zip(size, grid, strict=True)):
         return field
-    return _resized(field, grid) * (size.numel() / torch.Size(grid).numel())
+    return resized(field, grid) * (size.numel() / torch.Size(grid).numel())
 
 
 def _divided(size: Sequence[int], by: int) -> tuple[int, ...]:
     return tuple(max(1, round(n / by)) for n in size)
-
-
-def _over_largest(maps: Tensor) -> Tensor:
-    """Maps over their largest value; what is positive nowhere is nothing."""
-    largest = maps.flatten(2).amax(2).reshape(*maps.shape[:2], *(1 for _ in maps.shape[2:]))
-    return torch.where(largest > 0, maps / largest.clamp(min=_TINY), 0)
-
-
-def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps on another grid: by means of areas on a coarser one, by linear interpolation on a finer one."""
-    if tuple(maps.shape[2:]) == tuple(size):
-        return maps
-    if all(n >= m for n, m in zip(maps.shape[2:], size, strict=True)):
-        pools: tuple[Any, ...] = (
-            functional.adaptive_avg_pool1d,
-            functional.adaptive_avg_pool2d,
-            functional.adaptive_avg_pool3d,
-        )
-        pooled: Tensor = pools[len(size) - 1](maps, tuple(size))
-        return pooled
-    mode = ("linear", "bilinear", "trilinear")[len(size) - 1]
-    return functional.interpolate(maps, tuple(size), mode=mode, align_corners=False)
-
-
-def _smoothed(maps: Tensor, deviation: float) -> Tensor:
-    """Maps under a Gaussian of a standard deviation in positions, the border's values going on beyond it."""
-    reach = int(_REACH * deviation + 0.5)
-    if reach == 0:
-        return maps
-    places = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
-    kernel = torch.exp(-((places / deviation) ** 2) / 2)
-    kernel = (kernel / kernel.sum())[None, None]
-    for dim in range(2, maps.dim()):
-        lines = maps.movedim(dim, -1)
-        flat = functional.pad(lines.reshape(-1, 1, lines.shape[-1]), (reach, reach), mode="replicate")
-        maps = functional.conv1d(flat, kernel).reshape(lines.shape).movedim(-1, dim)
-    return maps
