@@ -1,4 +1,4 @@
-"""`tsgb.rules.rivalry` and `tsgb.rules.depths` written again, slow and literal, for maps of two dimensions."""
+"""`rivalry`, `claims`, `depths` and the guided filter written again, slow and literal, for maps of two dimensions."""
 
 import math
 
@@ -21,15 +21,37 @@ def rivalry(evidence, asked, alike=0.5, temperature=4.0, floor=0.3):
     return gate
 
 
-def depths(fields, size):
-    """The mean of the fields of all sizes, smoothed, and half as much again of what lies around."""
+def claims(evidence, asked, gate, alike=0.5, temperature=4.0):
+    """Every class, image and position by itself: what the class holds, and what its rivals do."""
+    rows, count, height, width = evidence.shape
+    places = [(i, j) for i in range(height) for j in range(width)]
+    found = torch.zeros(2, *gate.shape, dtype=evidence.dtype)
+    for n in range(count):
+        for k in range(asked):
+            unlike = {r: (alike + 0.1 - _correlation(evidence[k, n], evidence[r, n])) / 0.2 for r in range(asked, rows)}
+            for p in places:
+                mean = sum(evidence[(r, n, *p)] for r in range(asked, rows)) / (rows - asked)
+                size = {r: math.exp(len(places) * evidence[(r, n, *p)] / temperature) for r in range(asked, rows)}
+                found[(0, k, n, *p)] = gate[(k, n, *p)] * max(0.0, evidence[(k, n, *p)] - mean)
+                for r in range(asked, rows):
+                    held = max(0.0, evidence[(r, n, *p)] - mean) * size[r] / sum(size.values())
+                    found[(1, k, n, *p)] += min(1.0, max(0.0, unlike[r])) * held
+    return found
+
+
+def depths(fields, image, claims=()):
+    """The mean of the fields of all sizes, what lies around, and the class's ground, led by the image's edges."""
     out = []
     for k in range(len(fields[0])):
-        out.append(torch.stack([_one([field[k, n] for field in fields], size) for n in range(fields[0].shape[1])]))
+        of_class = [
+            _one([field[k, n] for field in fields], image[n], [held[:, k, n] for held in claims])
+            for n in range(fields[0].shape[1])
+        ]
+        out.append(torch.stack(of_class))
     return torch.stack(out)
 
 
-def _one(fields, size):
+def _one(fields, image, claims):
     finest = max((tuple(field.shape) for field in fields), key=lambda s: s[0] * s[1])
     by = math.ceil(min(finest) / 64)
     grid = tuple(round(n / by) for n in finest)
@@ -48,7 +70,44 @@ def _one(fields, size):
     total = _over_largest(total)
     small = tuple(round(n / 4) for n in grid) if side > 32 else grid
     wide = _blurred(_on(total.clamp(min=0), small), min(small) / 8)
-    return _on(sign * (total + _over_largest(_on(wide, grid)) / 2), size)
+    value = total + _over_largest(_on(wide, grid)) / 5
+    if claims:
+        own, theirs = (sum(_on(held[i], small) for held in claims) for i in (0, 1))
+        own, theirs = (_blurred(m, min(small) / 8) + _blurred(m, min(small) / 3) for m in (own, theirs))
+        ground = own / (own + theirs + own.max() / 20) if own.max() > 0 else torch.zeros_like(own)
+        value = torch.maximum(value, _on(ground, grid) / 5) + value.clamp(max=0)
+    led = guided_filter(value, image, max(1, round(side / 14)), 0.02)
+    led = torch.maximum(led, _on(value.clamp(max=0), image.shape[1:]))
+    return sign * (led + _on(total.clamp(min=0) ** 4, image.shape[1:]) / 2)
+
+
+def guided_filter(m, image, radius, epsilon):
+    """In each window the plane over the colours that is nearest to the map; of a pixel, the mean of its windows'."""
+    height, width = m.shape
+    image = image if len(image) <= 4 else image.mean(0, keepdim=True)
+    small = torch.stack([_on(channel, m.shape) for channel in image])
+    middle = torch.stack([channel.mean() for channel in small])[:, None, None]
+    size = math.sqrt(float(((small - middle) ** 2 + 1e-8 * small**2).mean())) or 1e-30
+    colours, fine = (small - middle) / size, (image - middle) / size
+    windows = {}
+    for i in range(height):
+        for j in range(width):
+            rows = [min(max(i + t, 0), height - 1) for t in range(-radius, radius + 1)]
+            columns = [min(max(j + t, 0), width - 1) for t in range(-radius, radius + 1)]
+            seen = torch.stack([colours[:, a, b] for a in rows for b in columns])
+            values = torch.stack([m[a, b] for a in rows for b in columns])
+            centred = seen - seen.mean(0)
+            matrix = centred.T @ centred / len(seen) + epsilon * torch.eye(len(image), dtype=m.dtype)
+            slope = torch.linalg.solve(matrix, centred.T @ (values - values.mean()) / len(seen))
+            windows[i, j] = torch.cat([slope, (values.mean() - slope @ seen.mean(0))[None]])
+    lines = torch.zeros(len(image) + 1, height, width, dtype=m.dtype)
+    for i in range(height):
+        for j in range(width):
+            rows = [min(max(i + t, 0), height - 1) for t in range(-radius, radius + 1)]
+            columns = [min(max(j + t, 0), width - 1) for t in range(-radius, radius + 1)]
+            lines[:, i, j] = torch.stack([windows[a, b] for a in rows for b in columns]).mean(0)
+    lines = torch.stack([_on(line, image.shape[1:]) for line in lines])
+    return (lines[:-1] * fine).sum(0) + lines[-1]
 
 
 def _summed(m, grid):

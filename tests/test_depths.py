@@ -11,6 +11,8 @@ import plain
 import plain_maps
 import tsgb
 from tsgb import passes, rules
+from tsgb.metrics import order
+from tsgb.rules.grids import guided_filter
 from tsgb.vision import import_torchvision
 
 DEFAULT = rules.DEFAULT
@@ -40,32 +42,106 @@ def test_depths_is_its_twin(sizes, size):
     torch.manual_seed(0)
     fields = [torch.randn(2, 1, *s, dtype=torch.float64) for s in sizes]
     fields[0][0] = -fields[0][0].abs()
-    expected = plain_maps.depths(fields, size)
-    assert torch.allclose(rules.depths(fields, size), expected, atol=1e-10)
+    image = torch.rand(1, 3, *size, dtype=torch.float64)
+    claims = [torch.rand(2, 2, 1, *s, dtype=torch.float64) for s in (sizes[-1], (2, 3))]
+    claims[0][0, 1] = claims[1][0, 1] = 0  # a class without any
+    for held in ((), claims[:1], claims):
+        expected = plain_maps.depths(fields, image, held)
+        assert torch.allclose(rules.depths(fields, image, held), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("asked", [1, 3])
+def test_claims_are_their_twin(asked):
+    torch.manual_seed(asked)
+    evidence = torch.randn(asked + 5, 2, 4, 3, dtype=torch.float64) / 4
+    evidence[-1] = 2 * evidence[0]  # a sibling
+    gate = rules.rivalry(evidence, asked)
+    found = rules.claims(evidence, asked, gate)
+    assert torch.allclose(found, plain_maps.claims(evidence, asked, gate), atol=1e-12)
+    assert all(held.any() for held in found)
+
+
+@pytest.mark.parametrize(
+    ("channels", "grid", "size"), [(3, (6, 7), (12, 14)), (1, (5, 5), (5, 5)), (6, (4, 9), (9, 20))]
+)
+def test_the_guided_filter_is_its_twin(channels, grid, size):
+    torch.manual_seed(0)
+    maps, image = torch.randn(2, 2, *grid).double(), 100 + 30 * torch.rand(2, channels, *size).double()
+    found = guided_filter(maps, image, 1, 0.05)
+    for k in range(2):
+        for n in range(2):
+            expected = plain_maps.guided_filter(maps[k, n], image[n], 1, 0.05)
+            assert torch.allclose(found[k, n], expected, atol=1e-10)
+
+
+def test_the_guided_filter_in_one_and_three_dimensions():
+    torch.manual_seed(0)
+    line, image = torch.rand(1, 1, 9), torch.rand(1, 2, 18)
+    # A plane whose rows are all the same is a line; so is a block.
+    expected = guided_filter(line, image, 2, 0.02)
+    plane = guided_filter(line[..., None, :].expand(1, 1, 5, 9), image[..., None, :].expand(1, 2, 10, 18), 2, 0.02)
+    block = guided_filter(
+        line[..., None, None, :].expand(1, 1, 5, 4, 9), image[..., None, None, :].expand(1, 2, 10, 8, 18), 2, 0.02
+    )
+    assert torch.allclose(plane, expected[..., None, :].expand_as(plane), atol=1e-4)
+    assert torch.allclose(block, expected[..., None, None, :].expand_as(block), atol=1e-4)
+
+
+def test_an_image_of_one_colour_guides_nothing():
+    torch.manual_seed(0)
+    maps = torch.rand(1, 1, 8, 8)
+    expected = guided_filter(maps, torch.zeros(1, 3, 16, 16), 1, 0.02)
+    assert torch.isfinite(expected).all()
+    for colour in (0.1, 0.7, 255.0):
+        found = guided_filter(maps, torch.full((1, 3, 16, 16), colour), 1, 0.02)
+        assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_the_map_keeps_to_the_edges_of_the_image():
+    image, field = torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 16, 16)
+    image[..., 22:41, 19:45] = 1  # the borders are not those of the field's positions
+    field[..., 6:10, 5:11] = 1
+    inside = image[0, 0] > 0
+    found = rules.depths([field], image)[0, 0]
+    assert order.average_precision(found[None], inside[None]) > 0.99
+
+
+def test_what_is_nearer_to_a_rival_ranks_last():
+    field, own, theirs = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    field[..., 8, 2] = own[..., 4, 1] = theirs[..., 4, 6] = 1
+    image = torch.zeros(1, 3, 32, 32)
+    with_rival = rules.depths([field], image, [torch.stack([own, theirs])])[0, 0]
+    alone = rules.depths([field], image, [torch.stack([own, torch.zeros_like(own)])])[0, 0]
+    assert with_rival[:, :13].min() > with_rival[:, 20:].max()
+    assert (alone[:, 20:] > with_rival[:, 20:]).all()
 
 
 def test_fields_finer_than_the_grid_count_as_one():
     torch.manual_seed(0)
     fine, grid, coarse = torch.rand(1, 1, 128, 128), torch.rand(1, 1, 64, 64), torch.rand(1, 1, 8, 8)
     sums = torch.nn.functional.avg_pool2d(fine, 2) * 4
-    found = rules.depths([fine, grid, coarse], (64, 64))
-    assert torch.allclose(found, rules.depths([sums + grid, coarse], (64, 64)), atol=1e-5)
-    assert not torch.allclose(found, rules.depths([grid, coarse], (64, 64)), atol=1e-2)
+    image = torch.rand(1, 3, 64, 64)
+    found = rules.depths([fine, grid, coarse], image)
+    assert torch.allclose(found, rules.depths([sums + grid, coarse], image), atol=1e-5)
+    assert not torch.allclose(found, rules.depths([grid, coarse], image), atol=1e-2)
 
 
 def test_depths_in_one_and_three_dimensions():
     line, block = torch.rand(2, 1, 9), torch.rand(1, 2, 3, 4, 5)
-    assert rules.depths([line], (18,)).shape == (2, 1, 18)
-    assert rules.depths([block, block[..., :2, :2, :2]], (6, 8, 10)).shape == (1, 2, 6, 8, 10)
+    assert rules.depths([line], torch.rand(1, 3, 18)).shape == (2, 1, 18)
+    assert rules.depths([block, block[..., :2, :2, :2]], torch.rand(2, 1, 6, 8, 10)).shape == (1, 2, 6, 8, 10)
     # A plane whose rows are all the same is a line.
-    plane = line[:, :, None].expand(2, 1, 9, 9)
-    assert torch.allclose(rules.depths([plane], (9, 9))[..., 4, :], rules.depths([line], (9,)), atol=1e-6)
+    plane, image = line[:, :, None].expand(2, 1, 9, 9), torch.rand(1, 3, 9)
+    of_plane = rules.depths([plane], image[:, :, None].expand(1, 3, 9, 9))
+    assert torch.allclose(of_plane[..., 4, :], rules.depths([line], image), atol=1e-5)
 
 
 def test_depths_of_nothing():
-    assert not rules.depths([-torch.rand(1, 1, 4, 4)], (8, 8)).clamp(min=0).any()
+    image = torch.rand(1, 3, 8, 8)
+    against = rules.depths([-torch.rand(1, 1, 4, 4)], image)
+    assert against.mean() < 0 < -against.min()
     with pytest.raises(ValueError, match="at least one field"):
-        rules.depths([], (8, 8))
+        rules.depths([], image)
 
 
 class Chain(nn.Module):
@@ -91,14 +167,15 @@ def test_a_network_written_out():
         positions = top[0, 0].numel()
         weights = 30 * model.c.weight / positions
         evidence = torch.stack([(weights[k, :, None, None] * top[0]).sum(0) for k in range(4)])[:, None]
-        order = model(x)[0].argsort(descending=True)
-        gate = plain_maps.rivalry(torch.cat([evidence[target][None], evidence[order]]), 1)[0]
+        ranked = model(x)[0].argsort(descending=True)
+        rows = torch.cat([evidence[target][None], evidence[ranked]])
+        gate = plain_maps.rivalry(rows, 1)[0]
         own = gate * (evidence[target] - evidence.mean(0))  # (1, h, w)
         gradient = gate[:, None] * (weights[target] - weights.mean(0))[:, None, None]  # at the top
         fields = [own[None]]
         below = plain.conv(gradient * (top > 0), one, model.b.weight, model.b.bias, padding=(1, 1))
         fields.append((below * one).sum(1)[None])
-        found = plain_maps.depths(fields, (12, 10))
+        found = plain_maps.depths(fields, x, [plain_maps.claims(rows, 1, gate[None])])
         found *= own.clamp(min=0).sum() / found.clamp(min=0).sum()
     e = tsgb.explain(model, x, target, rules=DEFAULT)
     assert torch.allclose(e.maps, found, atol=1e-12)
@@ -209,8 +286,8 @@ def test_a_table_may_ask_for_one_of_the_two():
     with torch.no_grad():
         top = torch.relu(model.b(torch.relu(model.a(x))))
         evidence = torch.einsum("nchw,kc->knhw", top, 30 * model.c.weight) / top[0, 0].numel()
-        order = model(x).topk(4).indices
-        rows = torch.stack([evidence[order[:, r], torch.arange(2)] for r in range(4)])
+        best = model(x).topk(4).indices
+        rows = torch.stack([evidence[best[:, r], torch.arange(2)] for r in range(4)])
         gate = rules.rivalry(torch.cat([evidence[1:2], rows]), 1)[0]
     # Relevance is conserved below: the signed map at the image sums to the signed evidence that passed.
     assert torch.allclose(e.maps[:, 0].sum((1, 2)), (gate * (evidence[1] - evidence.mean(0))).sum((1, 2)))
@@ -250,8 +327,8 @@ def test_a_callable_of_the_logits_competes_as_its_classes_do(table):
     with torch.no_grad():
         top = torch.relu(model.b(torch.relu(model.a(x))))
         evidence = torch.einsum("nchw,kc->knhw", top, 30 * model.c.weight) / top[0, 0].numel()
-        order = model(x).topk(4).indices
-    rows = torch.stack([evidence[order[:, r], torch.arange(2)] for r in range(4)])
+        best = model(x).topk(4).indices
+    rows = torch.stack([evidence[best[:, r], torch.arange(2)] for r in range(4)])
     own = (evidence[1] - evidence[2])[None]
     weighed = own * rules.rivalry(torch.cat([own, rows]), 1)
     assert torch.allclose(difference.maps.sum((2, 3))[:, 0], 5 * weighed[0].sum((1, 2)))  # which the pixels conserve

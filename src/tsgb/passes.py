@@ -309,7 +309,8 @@ def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevan
         return relevance
     flat = (1,) * len(size)
     sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
-    claims = [held for held in reading.claims if held.dim() == image.dim() + 1]
+    sizes = [field.shape[2:] for field in coarse]
+    claims = [grid for held in reading.claims if (grid := _on_grid(held, sizes)) is not None]
     found: Tensor = sign * rule([field * sign for field in coarse], image, claims)
     positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)
     scale = torch.where(negative < 0, against / negative.clamp(max=-NOTHING), 0)
@@ -320,6 +321,14 @@ def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevan
     total = image.abs().sum(1, keepdim=True)
     share = torch.where(total > 0, image.abs() / total.clamp(min=NOTHING), 1 / image.shape[1])
     return found.unsqueeze(2) * share
+
+
+def _on_grid(held: Tensor, sizes: Sequence[torch.Size]) -> Tensor | None:
+    """Claims (2, K, N, *positions) on a grid of as many dimensions as the fields have; of tokens, on a field's grid."""
+    if held.dim() - 3 == len(sizes[0]):
+        return held
+    size = next((size for size in sizes if size.numel() == held.shape[3:].numel()), None)
+    return None if size is None else held.reshape(*held.shape[:3], *size)
 
 
 def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
         v = t + 1/5 G(t) / max G(t)                                       (what lies around the evidence)
         ground = H(own) / (H(own) + H(theirs) + 1/20 max H(own))          (what is nearer to it than to rivals)
         m = max(v, 1/5 ground) + min(v, 0)
-        map = guided_filter(m) + 1/2 t^4
+        map = max(guided_filter(m), min(v, 0)) + 1/2 t^4
 
     ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The finest size is divided until
     its shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of
@@ -154,6 +154,7 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
         ground = resized(_ground(claims, small), grid)
         value = torch.maximum(value, _GROUND * ground) + value.clamp(max=0)
     found = guided_filter(value, image, max(1, round(_WINDOW * min(grid))), _NOISE)
+    found = torch.maximum(found, resized(value.clamp(max=0), image.shape[2:]))  # planes overshoot
     return sign * (found + _PEAK * resized(total.clamp(min=0).square().square(), image.shape[2:]))
 
 
