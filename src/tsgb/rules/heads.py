@@ -56,7 +56,8 @@ def linear_head(
         (N, ..., C). For x >= 0 and one target the relevance below the head sums to (1 - f) z+ of the target.
 
     Example:
-        >>> x, weight, grad = torch.rand(1, 5), torch.randn(3, 5), torch.tensor([[0.0, 1.0, 0.0]])
+        >>> x, grad = torch.rand(1, 5), torch.tensor([[0.0, 1.0, 0.0]])
+        >>> weight = torch.tensor([0.5, -1.0, 2.0, -0.3, 1.0]).repeat(3, 1)
         >>> abs((x * linear_head(grad, x, weight, f=1.0)).sum().item()) < 1e-5
         True
     """
