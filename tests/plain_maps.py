@@ -73,8 +73,8 @@ def _one(fields, image, claims):
     value = total + _over_largest(_on(wide, grid)) / 5
     if claims:
         own, theirs = (sum(_on(held[i], small) for held in claims) for i in (0, 1))
-        own, theirs = (_blurred(m, min(small) / 8) + _blurred(m, min(small) / 3) for m in (own, theirs))
-        ground = own / (own + theirs + own.max() / 20) if own.max() > 0 else torch.zeros_like(own)
+        own, theirs = (_blurred(m, min(small) / 6) for m in (own, theirs))
+        ground = own / (own + theirs + own.max() / 100) if own.max() > 0 else torch.zeros_like(own)
         value = torch.maximum(value, _on(ground, grid) / 5) + value.clamp(max=0)
     led = guided_filter(value, image, max(1, round(side / 14)), 0.02)
     led = torch.maximum(led, _on(value.clamp(max=0), image.shape[1:]))
@@ -87,7 +87,7 @@ def guided_filter(m, image, radius, epsilon):
     image = image if len(image) <= 4 else image.mean(0, keepdim=True)
     small = torch.stack([_on(channel, m.shape) for channel in image])
     middle = torch.stack([channel.mean() for channel in small])[:, None, None]
-    size = math.sqrt(float(((small - middle) ** 2 + 1e-8 * small**2).mean())) or 1e-30
+    size = ((small - middle) ** 2 + 1e-8 * small**2).mean((1, 2)).sqrt().clamp(min=1e-30)[:, None, None]
     colours, fine = (small - middle) / size, (image - middle) / size
     windows = {}
     for i in range(height):

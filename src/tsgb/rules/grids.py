@@ -75,8 +75,8 @@ def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> T
         out(p) = (mean of a_w).I(p) + mean of b_w,         over the windows w that hold p
 
     So a map's borders move to those of the image, and what is of one colour within a window becomes of one value. The
-    windows are worked out on the map's grid and applied to the image as fine as it is. I is the image less the mean of
-    each channel, over the root mean square of that, both taken on the grid; of more than four channels it is their
+    windows are worked out on the map's grid and applied to the image as fine as it is. I is each channel of the image
+    less its mean, over the root mean square of that, both taken on the grid; of more than four channels it is their
     mean. Source: He, Sun, Tang, "Guided image filtering", IEEE TPAMI 2013; on a coarser grid, He and Sun, arXiv
     1505.00996.
 
@@ -100,7 +100,7 @@ def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> T
     small, flat = resized(image, maps.shape[2:]), (1,) * (image.dim() - 2)
     middle = small.flatten(2).mean(2).reshape(*small.shape[:2], *flat)
     spread = (small - middle).square() + _SHADE**2 * small.square()  # a picture of one colour guides nothing
-    size = spread.flatten(1).mean(1).sqrt().clamp(min=_TINY).reshape(-1, 1, *flat)
+    size = spread.flatten(2).mean(2).sqrt().clamp(min=_TINY).reshape(*small.shape[:2], *flat)
     colours = ((small - middle) / size).transpose(0, 1)
     count, weights = len(colours), maps.new_full((2 * radius + 1,), 1 / (2 * radius + 1))
     pairs = [(c, d) for c in range(count) for d in range(c + 1)]
@@ -115,7 +115,7 @@ def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> T
     for slope, mean in zip(slopes, means, strict=True):
         offset = offset - slope * mean
     # From here on they are of the image as it is, which is larger than anything on the grid.
-    slopes = [slope / size.squeeze(1) for slope in slopes]
+    slopes = [slope / scale for slope, scale in zip(slopes, size.transpose(0, 1), strict=True)]
     for slope, shift in zip(slopes, middle.transpose(0, 1), strict=True):
         offset = offset - slope * shift
     lines = _weighed(torch.stack([offset, *slopes]).flatten(0, 1), weights).reshape(products.shape)

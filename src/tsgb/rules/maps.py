@@ -17,9 +17,9 @@ from .grids import guided_filter, over_largest, resized, smoothed
 __all__ = ["claims", "depths", "rivalry"]
 
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
-_FINE, _WIDE, _FAR = 1 / 64, 1 / 8, 1 / 3  # of the shorter side of the map: see `depths`
+_FINE, _WIDE, _REACH = 1 / 64, 1 / 8, 1 / 6  # of the shorter side of the map: see `depths`
 _AROUND, _GROUND, _PEAK = 1 / 5, 1 / 5, 1 / 2  # of what lies around, of the class's ground, of the peak in the map
-_DOUBT = 0.05  # of the largest claim: where all claims are less, the ground is nobody's
+_DOUBT = 0.01  # of the largest claim: where all claims are less, the ground is nobody's
 _WINDOW, _NOISE = 1 / 14, 0.02  # of the guided filter: its radius, of the shorter side, and epsilon
 _SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart: finer fields are added up
 _COARSE = 4  # of these side by side, which the wide one does not tell apart
@@ -114,7 +114,7 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
 
         t = M / max M,   M = mean over sizes of F_s / max F_s,   F_s = sum of the fields c of that size, smoothed
         v = t + 1/5 G(t) / max G(t)                                       (what lies around the evidence)
-        ground = H(own) / (H(own) + H(theirs) + 1/20 max H(own))          (what is nearer to it than to rivals)
+        ground = H(own) / (H(own) + H(theirs) + 1/100 max H(own))         (what is nearer to it than to rivals)
         m = max(v, 1/5 ground) + min(v, 0)
         map = max(guided_filter(m), min(v, 0)) + 1/2 t^4
 
@@ -122,7 +122,7 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
     its shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of
     that size: a network that answers at so fine a resolution itself would else be outvoted by its stem. The Gaussian
     that smooths has a standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does;
-    G's is an eighth; H is the sum of G and a Gaussian of a third. Of t, negative values count in v alone. The guided
+    G's is an eighth, H's a sixth. Of t, negative values count in v alone. The guided
     filter, see `grids`, has a radius of a 14th and an epsilon of 0.02: it moves the map's borders to those of the
     image; the peak, which it levels, is given back by the fourth power.
 
@@ -179,7 +179,7 @@ def _agreed(fields: Sequence[Tensor], grid: tuple[int, ...]) -> tuple[Tensor, Te
 def _ground(claims: Sequence[Tensor], grid: tuple[int, ...]) -> Tensor:
     """How far each position is the class's, 0..1: it is nearer to its claims than to those of its rivals."""
     held = torch.stack([torch.stack([resized(part, grid) for part in both]) for both in claims]).sum(0)
-    own, theirs = (smoothed(part, _WIDE * min(grid)) + smoothed(part, _FAR * min(grid)) for part in held)
+    own, theirs = (smoothed(part, _REACH * min(grid)) for part in held)
     doubt = _DOUBT * own.flatten(2).amax(2).reshape(*own.shape[:2], *(1 for _ in grid))
     return own / (own + theirs + doubt).clamp(min=_TINY)
 
