@@ -127,9 +127,10 @@ def test_overlay_lies_on_the_original_picture(orientation, crop):
 
 def test_map_is_the_raw_one_in_the_networks_pixels():
     scene("cat.png")
-    (entry,) = explained("cat.png", "--model", CNN, "--target", 4)
+    (entry,) = explained("cat.png", "--model", CNN, "--target", 4, "--method", "tsgb-pixels")
     network = tsgb.load(CNN)
-    e = tsgb.explain(network.model, network.preprocessing.tensor(pictures.read("cat.png"))[None], 4)
+    image = network.preprocessing.tensor(pictures.read("cat.png"))[None]
+    e = tsgb.explain(network.model, image, 4, rules=tsgb.rules.PIXELS)
     stored = np.load(Path("out", entry["map"]), allow_pickle=False)
     assert (stored.dtype, stored.shape) == (np.float32, (32, 32))
     assert np.array_equal(stored, e.maps[0, 0].numpy())
