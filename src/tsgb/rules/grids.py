@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["guided_filter", "over_largest", "resized", "smoothed"]
+__all__ = ["guided_filter", "over_largest", "painted", "planes", "resized", "smoothed"]
 
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 _REACH = 3  # standard deviations after which a Gaussian is cut
@@ -96,7 +96,20 @@ def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> T
         >>> guided_filter(map, image, radius=2, epsilon=0.01).round(decimals=1)
         tensor([[[0.2000, 0.3000, 0.5000, 1.0000, 1.0000, 1.0000]]])
     """
-    image = (image if image.shape[1] <= _COLOURS else image.mean(1, keepdim=True)).to(maps.dtype)
+    return painted(planes(maps, image, radius, epsilon), image)
+
+
+def planes(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> Tensor:
+    """The mean of b_w, and of a_w for each channel, of `guided_filter`, whose arguments these are.
+
+    Returns:
+        (1 + C, K, N, *grid), of the image's channels, or of their mean.
+
+    Example:
+        >>> planes(torch.ones(1, 1, 4), torch.rand(1, 3, 8), 1, 0.1).shape
+        torch.Size([4, 1, 1, 4])
+    """
+    image = _guide(image, maps)
     small, flat = resized(image, maps.shape[2:]), (1,) * (image.dim() - 2)
     middle = small.flatten(2).mean(2).reshape(*small.shape[:2], *flat)
     spread = (small - middle).square() + _SHADE**2 * small.square()  # a picture of one colour guides nothing
@@ -118,11 +131,26 @@ def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> T
     slopes = [slope / scale for slope, scale in zip(slopes, size.transpose(0, 1), strict=True)]
     for slope, shift in zip(slopes, middle.transpose(0, 1), strict=True):
         offset = offset - slope * shift
-    lines = _weighed(torch.stack([offset, *slopes]).flatten(0, 1), weights).reshape(products.shape)
+    return _weighed(torch.stack([offset, *slopes]).flatten(0, 1), weights).reshape(products.shape)
+
+
+def painted(lines: Tensor, image: Tensor) -> Tensor:
+    """What `planes` say of an image, as fine as it is: (K, N, *size).
+
+    Example:
+        >>> painted(torch.tensor([0.5, 2.0]).reshape(2, 1, 1, 1), torch.tensor([[[1.0, 3.0]]]))
+        tensor([[[2.5000, 6.5000]]])
+    """
+    image = _guide(image, lines)
     out = resized(lines[0], image.shape[2:])
     for line, colour in zip(lines[1:], image.transpose(0, 1), strict=True):
         out = torch.addcmul(out, resized(line, image.shape[2:]), colour)
     return out
+
+
+def _guide(image: Tensor, like: Tensor) -> Tensor:
+    image = image if image.shape[1] <= _COLOURS else image.mean(1, keepdim=True)
+    return image.to(like.dtype)
 
 
 def _solved(matrix: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:

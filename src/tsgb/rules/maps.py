@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grids import guided_filter, over_largest, resized, smoothed
+from .grids import over_largest, painted, planes, resized, smoothed
 
 __all__ = ["claims", "depths", "rivalry"]
 
@@ -23,6 +23,7 @@ _DOUBT = 0.01  # of the largest claim: where all claims are less, the ground is 
 _WINDOW, _NOISE = 1 / 14, 0.02  # of the guided filter: its radius, of the shorter side, and epsilon
 _SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart: finer fields are added up
 _COARSE = 4  # of these side by side, which the wide one does not tell apart
+_PIECE = 2**20  # values of maps that are worked on at once, as fine as the image: they stay in the cache
 _BAND = 0.1  # of correlations to either side, in which a sibling becomes a rival
 
 
@@ -153,9 +154,13 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
     if claims:
         ground = resized(_ground(claims, small), grid)
         value = torch.maximum(value, _GROUND * ground) + value.clamp(max=0)
-    found = guided_filter(value, image, max(1, round(_WINDOW * min(grid))), _NOISE)
-    found = torch.maximum(found, resized(value.clamp(max=0), image.shape[2:]))  # planes overshoot
-    return sign * (found + _PEAK * resized(total.clamp(min=0).square().square(), image.shape[2:]))
+    lines, size = planes(value, image, max(1, round(_WINDOW * min(grid))), _NOISE), image.shape[2:]
+    least, peak = value.clamp(max=0), _PEAK * total.clamp(min=0).square().square()
+    step, maps = max(1, _PIECE // max(1, len(image) * size.numel())), []
+    for rows in (slice(start, start + step) for start in range(0, len(value), step)):
+        found = torch.maximum(painted(lines[:, rows], image), resized(least[rows], size))  # planes overshoot
+        maps.append(sign[rows] * (found + resized(peak[rows], size)))
+    return torch.cat(maps)
 
 
 def _agreed(fields: Sequence[Tensor], grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
