@@ -1,4 +1,5 @@
 import contextlib
+import re
 import hashlib
 import io
 import logging
@@ -516,7 +517,8 @@ def test_labels_are_unique_valid_and_repeatable(paths):
         assert len(label.encode()) <= 155
     stems = [path.stem.strip(" .").casefold() for path in paths]
     for path, label in zip(paths, result, strict=True):
-        plain = path.stem.isascii() and path.stem.isalnum() and len(path.stem) < 150 and path.stem.lower() != "con"
+        is_device = re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", path.stem.lower())
+        plain = path.stem.isascii() and path.stem.isalnum() and len(path.stem) < 150 and not is_device
         if plain and stems.count(path.stem.casefold()) == 1:
             assert label == path.stem
 
