@@ -1,10 +1,10 @@
 import contextlib
-import re
 import hashlib
 import io
 import logging
 import os
 import random
+import re
 import struct
 import sys
 import threading
