@@ -310,7 +310,8 @@ def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevan
     flat = (1,) * len(size)
     sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
     sizes = [field.shape[2:] for field in coarse]
-    claims = [grid for held in reading.claims if (grid := _on_grid(held, sizes)) is not None]
+    held = [_on_grid(rule_tables.claims(rows, gate), sizes) for rows, gate in reading.contests]
+    claims = [both for both in held if both is not None]
     found: Tensor = sign * rule([field * sign for field in coarse], image, claims)
     positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)
     scale = torch.where(negative < 0, against / negative.clamp(max=-NOTHING), 0)

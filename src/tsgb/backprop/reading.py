@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from ..rules.maps import claims
 from . import graph
 from .relevance import Dense, Gradient, LostError, Part, Product, Relevance, Summed, single, summed
 
@@ -33,8 +32,8 @@ class Reading:
 
     Attributes:
         fields: what each convolution shares, one number a position: (K, N, *positions).
-        claims: who holds what where the classes compete, (2, K, N, *positions), see `rules.claims`; as many as there
-            are such places.
+        contests: of each place where the classes compete the evidence of those asked for and their possible rivals,
+            (K + R, N, *positions), and the gate (K, N, *positions).
         evidence: (2, K, N), the evidence for each class that passed the gates, and that against it, each summed over
             the positions; None where there is no top.
     """
@@ -42,7 +41,7 @@ class Reading:
     def __init__(self, rivalry: Rivalry | None, asked: int, rivals: int, count: int) -> None:
         self._rivalry, self._asked, self._rivals, self._count = rivalry, asked, rivals, count
         self.fields: list[Tensor] = []
-        self.claims: list[Tensor] = []
+        self.contests: list[tuple[Tensor, Tensor]] = []
         self.evidence: Tensor | None = None
         self._heard: dict[tuple[Node, int], list[Tensor]] | None = None
         self._gates: dict[tuple[Node, int], Tensor] = {}
@@ -106,7 +105,7 @@ class Reading:
         if self._rivalry is not None:
             rows = evidence[: self._asked + self._rivals]
             gate = self._rivalry(rows, self._asked)
-            self.claims.append(claims(rows, self._asked, gate))
+            self.contests.append((rows, gate))
         weighed = (own * gate).flatten(2)
         passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
         self.evidence = passed if self.evidence is None else self.evidence + passed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["guided_filter", "over_largest", "painted", "planes", "resized", "smoothed"]
+__all__ = ["over_largest", "painted", "planes", "resized", "smoothed"]
 
 _TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
 _REACH = 3  # standard deviations after which a Gaussian is cut
@@ -66,8 +66,8 @@ def smoothed(maps: Tensor, deviation: float) -> Tensor:
     return _weighed(maps, weights / weights.sum())
 
 
-def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> Tensor:
-    """Guided filter: what in each window is nearest to the map and yet a linear function of the image's colours.
+def planes(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> Tensor:
+    """The guided filter's planes: in each window the linear function of the image's colours that is nearest to the map.
 
     ::
 
@@ -87,27 +87,15 @@ def guided_filter(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> T
         epsilon: above 0; variances of the image below it are taken for noise.
 
     Returns:
-        (K, N, *size), of the maps' type.
+        (1 + C, K, N, *grid): the mean of b_w, then of a_w for each channel of the image, or for their mean. They are of
+        the image as it is, to which `painted` applies them.
 
     Example:
         Of two colours, that are taken for one object each, the map tells the border one position too far left.
 
         >>> image, map = torch.tensor([[[0.0, 0, 0, 1, 1, 1]]]), torch.tensor([[[0.0, 0, 1, 1, 1, 1]]])
-        >>> guided_filter(map, image, radius=2, epsilon=0.01).round(decimals=1)
+        >>> painted(planes(map, image, radius=2, epsilon=0.01), image).round(decimals=1)
         tensor([[[0.2000, 0.3000, 0.5000, 1.0000, 1.0000, 1.0000]]])
-    """
-    return painted(planes(maps, image, radius, epsilon), image)
-
-
-def planes(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> Tensor:
-    """The mean of b_w, and of a_w for each channel, of `guided_filter`, whose arguments these are.
-
-    Returns:
-        (1 + C, K, N, *grid), of the image's channels, or of their mean.
-
-    Example:
-        >>> planes(torch.ones(1, 1, 4), torch.rand(1, 3, 8), 1, 0.1).shape
-        torch.Size([4, 1, 1, 4])
     """
     image = _guide(image, maps)
     small, flat = resized(image, maps.shape[2:]), (1,) * (image.dim() - 2)
@@ -135,7 +123,7 @@ def planes(maps: Tensor, image: Tensor, radius: int, epsilon: float) -> Tensor:
 
 
 def painted(lines: Tensor, image: Tensor) -> Tensor:
-    """What `planes` say of an image, as fine as it is: (K, N, *size).
+    """The guided filter's map (K, N, *size): what `planes` say of an image, as fine as it is.
 
     Example:
         >>> painted(torch.tensor([0.5, 2.0]).reshape(2, 1, 1, 1), torch.tensor([[[1.0, 3.0]]]))

@@ -66,7 +66,7 @@ def rivalry(
     return (floor + (1 - floor) * share).reshape(asked, *evidence.shape[1:])
 
 
-def claims(evidence: Tensor, asked: int, gate: Tensor, *, alike: float = 0.5, temperature: float = 4.0) -> Tensor:
+def claims(evidence: Tensor, gate: Tensor, *, alike: float = 0.5, temperature: float = 4.0) -> Tensor:
     """What each class that is asked for, and what its rivals, hold of the positions where they compete.
 
     ::
@@ -76,7 +76,7 @@ def claims(evidence: Tensor, asked: int, gate: Tensor, *, alike: float = 0.5, te
         theirs_k = sum over r of w_r e_r exp(l_r / t) / (sum over all s that may be rivals of exp(l_s / t))
 
     Args:
-        evidence, asked, alike, temperature: as in `rivalry`, whose w_r and l_r these are. ``gate``: what it gave.
+        evidence, alike, temperature: as in `rivalry`, whose w_r and l_r these are. ``gate``: what it gave.
 
     Returns:
         (2, K, N, *positions): ``own`` and ``theirs``, 0 or more.
@@ -84,14 +84,14 @@ def claims(evidence: Tensor, asked: int, gate: Tensor, *, alike: float = 0.5, te
     Example:
         >>> left, right = torch.tensor([[[4.0, 0.0]]]), torch.tensor([[[0.0, 4.0]]])
         >>> rows = torch.cat([left, left, right])
-        >>> claims(rows, 1, rivalry(rows, 1)).round(decimals=1)
+        >>> claims(rows, rivalry(rows, 1)).round(decimals=1)
         tensor([[[[1.8000, 0.0000]]],
         <BLANKLINE>
         <BLANKLINE>
                 [[[0.0000, 1.8000]]]])
     """
+    asked, maps = len(gate), evidence.flatten(2)
     logits, rival = _against(evidence, asked, alike, temperature)
-    maps = evidence.flatten(2)
     held = (maps - maps[asked:].mean(0)).clamp(min=0)
     theirs = torch.einsum("krn,rnp->knp", rival, held[asked:] * logits[asked:].softmax(0))
     return torch.stack([held[:asked] * gate.flatten(2), theirs]).reshape(2, asked, *evidence.shape[1:])
@@ -117,15 +117,15 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
         v = t + 1/5 G(t) / max G(t)                                       (what lies around the evidence)
         ground = H(own) / (H(own) + H(theirs) + 1/100 max H(own))         (what is nearer to it than to rivals)
         m = max(v, 1/5 ground) + min(v, 0)
-        map = max(guided_filter(m), min(v, 0)) + 1/2 t^4
+        map = max(guided(m), min(v, 0)) + 1/2 t^4
 
     ``c`` is what TSGB-Conv shares at a convolution's output, one number a position. The finest size is divided until
     its shorter side has at most 64 positions, and all finer fields, as the sums of their positions there, count as of
     that size: a network that answers at so fine a resolution itself would else be outvoted by its stem. The Gaussian
     that smooths has a standard deviation of a 64th of the map's shorter side, less what a field's own coarseness does;
-    G's is an eighth, H's a sixth. Of t, negative values count in v alone. The guided
-    filter, see `grids`, has a radius of a 14th and an epsilon of 0.02: it moves the map's borders to those of the
-    image; the peak, which it levels, is given back by the fourth power.
+    G's is an eighth, H's a sixth. Of t, negative values count in v alone. The guided filter, see `grids.planes`, has a
+    radius of a 14th and an epsilon of 0.02: it moves the map's borders to those of the image; the peak, which it
+    levels, is given back by the fourth power.
 
     Args:
         fields: each (K, N, *positions), any sign; those of one size are added up.
@@ -156,11 +156,14 @@ def depths(fields: Sequence[Tensor], image: Tensor, claims: Sequence[Tensor] = (
         value = torch.maximum(value, _GROUND * ground) + value.clamp(max=0)
     lines, size = planes(value, image, max(1, round(_WINDOW * min(grid))), _NOISE), image.shape[2:]
     least, peak = value.clamp(max=0), _PEAK * total.clamp(min=0).square().square()
-    step, maps = max(1, _PIECE // max(1, len(image) * size.numel())), []
-    for rows in (slice(start, start + step) for start in range(0, len(value), step)):
-        found = torch.maximum(painted(lines[:, rows], image), resized(least[rows], size))  # planes overshoot
-        maps.append(sign[rows] * (found + resized(peak[rows], size)))
-    return torch.cat(maps)
+    step = max(1, _PIECE // max(1, len(image) * size.numel()))
+    pieces = zip(torch.split(lines, step, 1), *(torch.split(x, step) for x in (least, peak, sign)), strict=True)
+    return torch.cat(
+        [
+            one * (torch.maximum(painted(line, image), resized(low, size)) + resized(top, size))  # planes overshoot
+            for line, low, top, one in pieces
+        ]
+    )
 
 
 def _agreed(fields: Sequence[Tensor], grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
