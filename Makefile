@@ -14,7 +14,7 @@ demo: .venv/base  ## explain a bundled scene for two of its objects
 	$(BIN)/tsgb explain --out tsgb-out
 
 test: .venv/full  ## run the tests
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --numprocesses logical --maxprocesses 4
 
 check: .venv/full  ## lint, format and types
 	$(BIN)/ruff check

@@ -110,7 +110,9 @@ class Shuffle(nn.Module):
         weight, bias = self.branch.weight, self.branch.bias
         o, _ = plain.conv_output(x[:, 2:], weight, bias, (1, 1), (1, 1), (1, 1), 2)
         grad = relevance[:, [1, 3]] / o
-        below[:, 2:] = x[:, 2:] * plain.conv(grad, x[:, 2:], weight, bias, padding=(1, 1), groups=2)
+        below[:, 2:] = x[:, 2:] * plain.conv(
+            grad, x[:, 2:], weight, bias, padding=(1, 1), groups=2, lumped=block.lumped
+        )
         return below
 
 
@@ -156,7 +158,7 @@ class Blur(nn.Module):
     def twin(self, block, x, relevance):
         padded = functional.pad(x, (1, 1, 1, 1), mode="reflect")
         o = self.forward(x)
-        wide = padded * plain.conv(relevance / o, padded, self.kernel, stride=(2, 2), groups=4)
+        wide = padded * plain.conv(relevance / o, padded, self.kernel, stride=(2, 2), groups=4, lumped=block.lumped)
         below = torch.zeros_like(x)
         height, width = x.shape[2:]
         for i in range(height + 2):
@@ -214,7 +216,9 @@ class Separable(nn.Module):
         between = self.depth(x)
         below = between * plain.conv(relevance / self.point(between), between, self.point.weight, self.point.bias)
         depth = self.depth
-        return x * plain.conv(below / between, x, depth.weight, depth.bias, padding=(1, 1), groups=4)
+        return x * plain.conv(
+            below / between, x, depth.weight, depth.bias, padding=(1, 1), groups=4, lumped=block.lumped
+        )
 
 
 BLOCKS = {
@@ -255,14 +259,16 @@ class Copied(NormOfChannels):
 BLOCKS["layer norm of a copy"] = lambda: Copied(True)
 
 
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS], ids=["DEFAULT", "PIXELS"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_is_its_twin(name):
+def test_a_block_is_its_twin(name, table):
     block, x = made(name), torch.rand(2, 4, 6, 6, dtype=torch.float64) + 0.1
     relevance = torch.randn_like(block(x))
     leaf = x.clone().requires_grad_()
     image = leaf.clone()
-    with recording(rules.DEFAULT):
+    with recording(table):
         o = block(image)
+    block.lumped = table is rules.DEFAULT  # whether groups of channels share as one
     (grad,) = torch.autograd.grad(o, leaf, relevance / o)
     assert torch.allclose(leaf * grad, block.twin(block, x, relevance), rtol=1e-6, atol=1e-9)
     assert torch.allclose((leaf * grad).sum(), relevance.sum())

@@ -472,7 +472,7 @@ def test_doctor_passes_a_network_and_lists_its_operators():
     assert len(checks) == 6
     assert not [line for line in checks if line.startswith("FAIL")]
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["conv2d", "conv", "1"] in rows
+    assert ["conv2d", "conv_lumped", "1"] in rows
     assert ["linear", "gradient_head", "1"] in rows
 
 

@@ -1,5 +1,6 @@
 """Handing relevance on gives what the rules give in their plain form, gradient in and gradient out."""
 
+import copy
 import itertools
 
 import pytest
@@ -273,6 +274,26 @@ def test_what_is_zero_for_want_of_weights_gives_nothing_back():
         model[place].weight.data[2, :, 1:] = 0
         nn.init.constant_(model[place + 1].bias, 0.5)
     assert_handed(model, torch.randn(2, 3, 12, 12).double(), [[0, 1], [2, 0]])
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+def test_batch_norm_folded_or_not_it_is_one_map(plainly):
+    """Of channels that see nothing too: what batch norm gives these is shared as if it were the convolution's bias."""
+    torch.manual_seed(3)
+    separate = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6),
+        nn.ReLU(), nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    ).double().eval()  # fmt: skip
+    nn.init.constant_(separate[0].bias, 0.3)  # so that no position is 0 in all channels
+    nn.init.constant_(separate[0].bias[1:3], -9)
+    nn.init.uniform_(separate[3].bias, 0.1, 0.5)
+    folded = copy.deepcopy(separate)
+    folded[2] = torch.nn.utils.fuse_conv_bn_eval(separate[2], separate[3])
+    folded[3] = nn.Identity()
+    x, table = torch.randn(2, 3, 12, 12).double(), rules.plain(rules.DEFAULT) if plainly else rules.DEFAULT
+    maps = [tsgb.explain(model, x, [[0, 1], [2, 0]], rules=table).maps for model in (separate, folded)]
+    assert maps[0].abs().amax((2, 3)).min() > 0
+    assert torch.allclose(*maps, rtol=1e-8, atol=1e-12)
 
 
 class Strided(nn.Module):

@@ -25,7 +25,7 @@ from .coverage import Coverage
 from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
 from .handing import CHANNELS, SUMS, Image
 from .heads import Heads
-from .nodes import SLOT, Handed, Job, Ruled, Ruling
+from .nodes import SLOT, Handed, Job, Ruled, Ruling, form
 from .operators import Call, mapped
 from .relevance import LostError
 from .saved import Kept, separate
@@ -222,13 +222,16 @@ class Backprop(TorchFunctionMode):
         if call.name not in self._heads:
             return _ruling(call, function, rule), call
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
+        bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
         on_vector, is_linear = operators.on_vector(signals[0], weight), weight.dim() == 2
         is_whole = not on_vector and (is_linear or signals[0].shape[1] == weight.shape[1])
+        is_lumped = not on_vector and not is_whole and form(rule) is rules.conv_lumped
         roles = {
             "on_vector": on_vector,
             "is_linear": is_linear,
             "channels": len(weight),
             "is_whole": self._is_reading and is_whole,
+            "carries": is_lumped and bias is None and bool(self._constant),
         }
         return _ruling(call, function, rule, head_rule=self._heads[call.name][1], **roles), call
 
@@ -241,7 +244,7 @@ class Backprop(TorchFunctionMode):
             ruling = _ruling(call, self._rules[call.name][0], self._rules[call.name][1])
         else:
             return None
-        begun = start(call, ruling.rule, ruling.function, kept.pack, self.folding)
+        begun = start(call, ruling, kept.pack, self.folding)
         if begun is None:
             return None
         x, written = begun.signals[0], call.inplace

@@ -9,21 +9,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import rules
 from . import operators
-from .handing import GRADIENT, Handing
+from .handing import GRADIENT, TINY, Handing
 from .relevance import Dense, Gradient, LostError, Part, Relevance, of_type, single
 from .saved import Cell
 
 if TYPE_CHECKING:
     from .reading import Reading
 
-__all__ = ["SLOT", "Handed", "Job", "Ruled", "Ruling"]
+__all__ = ["SLOT", "Handed", "Job", "Ruled", "Ruling", "form"]
 
 SLOT = torch.empty(0)
 
@@ -48,6 +49,7 @@ class Ruling:
     channels: int = 0  # of the output of an operator that carries weights
     is_whole: bool = False  # of a convolution: whether it shares one number a position, not one for each group
     reading: Reading | None = None  # what notes that number
+    carries: bool = False  # of a convolution: whether a 0 of its output shares what a shift right after it gave it
     is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
     f: float | None = None  # set on the heads, with the number of images
     count: int = 0
@@ -115,7 +117,10 @@ class Ruled(torch.autograd.Function):
         o = o.clone() if o._is_view() else o  # else it could not be written on, as it could without this node
         ctx.ruling = ruling
         needs_o = _wants(ruling.rule, "o") or ruling.is_whole
-        ctx.save_for_backward(x, o if needs_o else None, *operators.tensors((args, kwargs)))
+        if form(ruling.rule) is rules.shift and getattr(getattr(x.grad_fn, "ruling", None), "carries", False):
+            x = _carrying(x)
+        kept = None if not needs_o else _carrying(o) if ruling.carries else o
+        ctx.save_for_backward(x, kept, *operators.tensors((args, kwargs)))
         return o
 
     @staticmethod
@@ -142,6 +147,17 @@ class Job(NamedTuple):
     run: Callable[[], Tensor]
     begin: Callable[[Tensor], Handing]
     is_inplace: bool
+
+
+def form(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of `tsgb.rules` that a table's entry is, whatever it was given and in whatever form it is to run."""
+    rule = inspect.unwrap(rule)
+    return rule.func if isinstance(rule, partial) else rule
+
+
+def _carrying(x: Tensor) -> Tensor:
+    """A number in the place of each 0, so that x * gradient can be something there; not where the type has none."""
+    return torch.where(x == 0, TINY, x) if torch.finfo(x.dtype).tiny < TINY else x
 
 
 class Handed(torch.autograd.Function):

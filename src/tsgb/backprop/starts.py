@@ -17,6 +17,7 @@ from . import operators
 from .folding import Folding, Waiting
 from .handing import GRADIENT, AveragePool, Convolution, Handing, Masked, MaxPool, Mean, Passing, Takes
 from .joining import Concatenation, Sum
+from .nodes import Ruling
 from .operators import Call
 from .saved import Cell
 from .windows import Windows
@@ -49,16 +50,18 @@ class Start:
     waiting: Waiting | None = None
 
 
-def start(call: Call, rule: Any, function: Callable[..., Tensor], keep: Keep, folding: Folding) -> Start | None:
+def start(call: Call, ruling: Ruling, keep: Keep, folding: Folding) -> Start | None:
     """Begin to hand relevance on, where the rule can and what came before takes relevance; else None.
 
     Args:
-        call: the operator, its first operand the signal. ``function``: the torch function that the table names.
-        rule: of the table. ``keep``: makes cells. ``folding``: which convolutions wait.
+        call: the operator, its first operand the signal. ``ruling``: what it met.
+        keep: makes cells. ``folding``: which convolutions wait.
     """
-    form = rule.func if isinstance(rule, partial) else rule
+    rule: Any = ruling.rule
+    function = ruling.function
+    form = rule.func if isinstance(rule, partial) else rule  # one in its plain form is not known here
     if form in (rules.conv, rules.conv_lumped):
-        conv = _Conv(function, form is rules.conv_lumped, keep, folding)
+        conv = _Conv(function, form is rules.conv_lumped, ruling.carries, keep, folding)
         return _convolution(conv, call.args[0], *call.args[1:], **call.kwargs)
     if form is rules.linear:
         return _linear(keep, call.args[0], *call.args[1:], **call.kwargs)
@@ -90,6 +93,7 @@ def _is_positive(x: Tensor) -> bool:
 class _Conv:
     function: Callable[..., Tensor]
     is_lumped: bool
+    carries: bool
     keep: Keep
     folding: Folding
 
@@ -114,9 +118,9 @@ def _convolution(
     # Weights more than values of the output take longer to read, and to scale, than the output.
     is_heavy = x.shape[0] * weight.shape[0] * math.prod(count) < weight.numel() and not is_traced()
     # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so only
-    # where nothing is seen, and lost anyway.
+    # where nothing is seen, and lost anyway; where one of several groups that share as one sees nothing, it carries it.
     with untraced():
-        may_be_zero = bias is None and (is_heavy or _holds_zero(weight))
+        may_be_zero = bias is None and not conv.carries and (is_heavy or _holds_zero(weight))
 
     def begin(o: Tensor) -> Convolution:
         has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero

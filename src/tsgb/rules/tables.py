@@ -204,6 +204,8 @@ DEFAULT: Table = _Named(
     "DEFAULT",
     {
         **PIXELS,
+        # Groups apart are dear where channels are many groups, and a map of whole fields is no better for it.
+        **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
         HEAD: {operator: partial(gradient_head, function=operator) for operator in PIXELS[HEAD]},
         F: None,
         RIVALS: rivalry,
