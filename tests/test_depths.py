@@ -38,8 +38,8 @@ def test_rivalry_is_its_twin(asked):
         ([(5, 4), (9, 8), (9, 8), (3, 2)], (18, 16)),
         ([(1, 1)], (6, 6)),
         ([(40, 36), (10, 9)], (40, 36)),
-        ([(130, 136), (33, 34)], (65, 68)),  # a grid of its own, and coarser than the finest field
-        ([(130, 136), (70, 72), (43, 45), (43, 80)], (65, 68)),  # finer than the grid, the grid, and neither
+        ([(66, 72), (17, 18)], (33, 36)),  # a grid of its own, and coarser than the finest field
+        ([(66, 72), (35, 37), (22, 23), (22, 40)], (33, 36)),  # finer than the grid, the grid, and neither
     ],
 )
 def test_depths_is_its_twin(sizes, size):
@@ -49,7 +49,7 @@ def test_depths_is_its_twin(sizes, size):
     image = torch.rand(1, 3, *size, dtype=torch.float64)
     claims = [torch.rand(2, 2, 1, *s, dtype=torch.float64) for s in (sizes[-1], (2, 3))]
     claims[0][0, 1] = claims[1][0, 1] = 0  # a class without any
-    for held in ((), claims[:1], claims) if max(size) < 40 else (claims,):  # the twin takes its time
+    for held in ((), claims[:1], claims) if max(size) < 30 else (claims,):  # the twin takes its time
         expected = plain_maps.depths(fields, image, held)
         assert torch.allclose(rules.depths(fields, image, held), expected, atol=1e-10)
 
