@@ -129,6 +129,9 @@ def gradient(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor
         >>> gradient(torch.ones(1), torch.tensor([3.0]), function=torch.square)
         tensor([6.])
     """
+    if function is functional.linear and args:
+        weight: Tensor = args[0]
+        return grad @ weight  # without the output, which takes as long
     return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad)
 
 
