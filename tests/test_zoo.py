@@ -16,6 +16,7 @@ def zoo():
     spec = importlib.util.spec_from_file_location("zoo", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.SIDE = 64  # half the pixels, for time
     return module
 
 
