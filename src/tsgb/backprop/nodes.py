@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import rules
-from . import operators
+from . import graph, operators
 from .handing import GRADIENT, TINY, Handing
 from .relevance import Dense, Gradient, LostError, Part, Relevance, of_type, single
 from .saved import Cell
@@ -117,7 +117,8 @@ class Ruled(torch.autograd.Function):
         o = o.clone() if o._is_view() else o  # else it could not be written on, as it could without this node
         ctx.ruling = ruling
         needs_o = _wants(ruling.rule, "o") or ruling.is_whole
-        if form(ruling.rule) is rules.shift and getattr(getattr(x.grad_fn, "ruling", None), "carries", False):
+        before = graph.ruling_of(x.grad_fn)
+        if before is not None and before.carries and form(ruling.rule) is rules.shift:
             x = _carrying(x)
         kept = None if not needs_o else _carrying(o) if ruling.carries else o
         ctx.save_for_backward(x, kept, *operators.tensors((args, kwargs)))
