@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-# Workers side by side that have all cores each wait for one another at every operator. Their children read this too.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give workers side by side a part of the cores each: with all of them they wait for one another everywhere.
+
+    They, and what they start, read it from the environment as they load torch.
+    """
+    workers = len(getattr(config.option, "tx", None) or [""])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture
