@@ -80,7 +80,7 @@ def test_every_spelling(network, table):
     assert_same(explainer(x, [[2, 1], [3, 4]]), tsgb.explain(model, x, [[2, 1], [3, 4]], rules=table), 1e-9)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=15)
 @given(st.data(), st.integers(0, 2**31))
 def test_a_network_drawn_at_random(data, seed):
     torch.manual_seed(seed)

@@ -60,7 +60,7 @@ geometries = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(geometries)
 def test_windows_are_their_literal_twin(geometry):
     kernel, channels, size = geometry["kernel"], geometry["channels"], (9, 8, 7)[: len(geometry["kernel"])]
@@ -225,7 +225,7 @@ class Drawn(nn.Module):
         return self.head(functional.relu(self.between(x)) if self.hidden else x)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=80)
 @given(
     st.data(),
     st.integers(0, 2**31),

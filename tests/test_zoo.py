@@ -20,8 +20,8 @@ def zoo():
     return module
 
 
-SAMPLE = ["mobilenet_v3_small", "shufflenet_v2_x0_5"]
-SAMPLE += [f"timm/test_{name}" for name in ("byobnet", "convnext", "efficientnet_gn", "nfnet", "resnet")]
+SAMPLE = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
+SAMPLE += [f"timm/test_{name}" for name in ("byobnet", "convnext", "efficientnet_gn", "mambaout", "nfnet", "resnet")]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
