@@ -14,8 +14,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     They, and what they start, read it from the environment as they load torch.
     """
-    workers = len(getattr(config.option, "tx", None) or [""])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    workers = len(getattr(config.option, "tx", None) or [])
+    if workers:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_ranking_and_average_precision_are_their_twins(case):
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.95])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_ties_average_precision_is_that_of_scikit_learn(share, dtype):
-    score = pytest.importorskip("sklearn.metrics", reason="the twin").average_precision_score
+    score = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn, the twin").average_precision_score
     maps = torch.stack([torch.randperm(29 * 31).reshape(29, 31) for _ in range(5)]).to(dtype) - 400
     masks = torch.rand(maps.shape) < share
     masks[:, 3, 4] = True

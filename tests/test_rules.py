@@ -181,14 +181,15 @@ def test_an_activation_that_does_not_vanish_at_zero_keeps_its_gradient():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**30), several=st.integers(0, 3))
-def test_a_linear_layers_gradient_is_that_of_the_product(seed, several):
-    """Rows that ask for nothing, for one class with any factor, and for two."""
+@given(seed=st.integers(0, 2**30), several=st.integers(0, 3), is_hidden=st.booleans())
+def test_a_linear_layers_gradient_is_that_of_the_product(seed, several, is_hidden):
+    """Rows that ask for nothing, for one class with any factor, and for two; or, where it is hidden, for all."""
     draw = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(5, 7, generator=draw).double(), torch.randn(6, 7, generator=draw).double()
     grad = torch.zeros(6, 5).double()
     grad[1:, 2] = torch.randn(5, generator=draw).double()
     grad[3 : 3 + several, 4] = torch.randn(several, generator=draw).double()
+    grad = torch.randn(6, 5, generator=draw).double() if is_hidden else grad
     expected = torch.autograd.grad(functional.linear(x.requires_grad_(), weight), x, grad)[0]
     assert relative(rules.gradient(grad, x.detach(), weight, function=functional.linear), expected) < 1e-12
 

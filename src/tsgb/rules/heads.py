@@ -165,9 +165,11 @@ def _times(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad @ weight``. A row that asks for one class is a row of the weights, and most are such."""
     if is_traced() or grad.dim() != 2 or not grad.numel():
         return grad @ weight
+    several = (grad.count_nonzero(1) > 1).nonzero().flatten()
+    if len(several) == len(grad):  # of a hidden layer
+        return grad @ weight
     classes = grad.abs().argmax(1)
     given = grad.gather(1, classes[:, None]) * weight[classes]
-    several = (grad.count_nonzero(1) > 1).nonzero().flatten()
     given[several] = grad[several] @ weight
     return given
 
