@@ -194,6 +194,18 @@ def test_a_linear_layers_gradient_is_that_of_the_product(seed, several, is_hidde
     assert relative(rules.gradient(grad, x.detach(), weight, function=functional.linear), expected) < 1e-12
 
 
+@pytest.mark.parametrize("rows", [1, 15, 16, 40])
+def test_a_hidden_linear_layer_with_many_weights_has_the_gradient_of_the_product(rows):
+    """As many as go the other way round, with rows enough for it and without."""
+    draw = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(4096, 4096, generator=draw), torch.randn(rows, 4096, generator=draw)
+    grad = torch.randn(rows, 4096, generator=draw)
+    assert weight.numel() >= rules.formulas._LARGE
+    found = rules.linear(grad, x, weight)
+    assert found.is_contiguous()
+    assert relative(found[:, ::97].double(), torch.einsum("ro,oc->rc", grad.double(), weight[:, ::97].double())) < 1e-5
+
+
 def test_shift_passes_relevance_and_gate_holds_the_gate():
     x, grad, mean, gate = double(2, 3, 4), double(2, 3, 4), double(3, 1), double(2, 3, 1)
     assert relative(x * rules.shift(grad, x, mean, function=torch.sub), grad * (x - mean)) < 1e-12

@@ -26,6 +26,7 @@ from torch.nn import functional
 from ..tracing import holds, untraced
 
 EPS = 1e-10  # the authors' guard of n and of the input of batch norm
+_ROWS, _LARGE = 16, 2**24  # of a product, and of its weights' values: see `_product`
 
 
 def conv(
@@ -185,7 +186,7 @@ def linear(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
         tensor([[3., 4.]])
     """
     if x.shape[1:-1].numel() == 1:
-        return grad @ weight
+        return _product(grad, weight)
     c = (grad * functional.linear(x, weight, bias)).sum(-1, keepdim=True)
     return x.sign() * (c / (x.abs().sum(-1, keepdim=True) + EPS))
 
@@ -318,6 +319,16 @@ def linearised(function: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Call
         x = x.detach().requires_grad_()
         o = function(x)
     return o.detach(), lambda grad: torch.autograd.grad(o, x, grad, retain_graph=True)[0]
+
+
+def _product(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad @ weight``; of many rows and large weights the other way round.
+
+    On a CPU that takes a quarter less time, and with fewer rows many times as much.
+    """
+    if grad.dim() == 2 and len(grad) >= _ROWS and weight.numel() >= _LARGE:
+        return (weight.T @ grad.T).T.contiguous()
+    return grad @ weight
 
 
 def _over(relevance: Tensor, x: Tensor) -> Tensor:
