@@ -121,8 +121,8 @@ def _over_largest(m):
 
 
 def _correlation(a, b):
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt() + 1e-30))
+    sizes = [(x - x.mean()).square().sum().sqrt() + 1e-5 * x.square().sum().sqrt() + 1e-30 for x in (a, b)]
+    return float(((a - a.mean()) * (b - b.mean())).sum() / (sizes[0] * sizes[1]))
 
 
 def _on(m, size):

@@ -32,6 +32,17 @@ def test_rivalry_is_its_twin(asked):
         assert torch.allclose(rules.rivalry(evidence, asked, **options), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_tells_no_siblings_apart(dtype):
+    """A network whose features are the same everywhere has evidence that differs by its last digits alone."""
+    evidence = torch.tensor([0.3, 0.7, -0.2])[:, None, None, None].to(dtype).expand(3, 1, 7, 7)
+    exact = rules.rivalry(evidence, 1)
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        digits = torch.finfo(dtype).eps * torch.randint(-1, 2, evidence.shape, generator=draw)
+        assert torch.allclose(rules.rivalry(evidence * (1 + digits), 1), exact, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("sizes", "size"),
     [

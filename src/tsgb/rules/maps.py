@@ -24,6 +24,7 @@ _WINDOW, _NOISE = 1 / 14, 0.02  # of the guided filter: its radius, of the short
 _SIDE = 64  # positions along the shorter side that the fine Gaussian leaves apart: finer fields are added up
 _COARSE = 4  # of these side by side, which the wide one does not tell apart
 _PIECE = 2**20  # values of maps that are worked on at once, as fine as the image: they stay in the cache
+_FLAT = 1e-5  # of evidence: deviations of this size are those of rounding, and tell no likeness
 _BAND = 0.1  # of correlations to either side, in which a sibling becomes a rival
 
 
@@ -41,7 +42,8 @@ def rivalry(
 
     ``c_k`` is the evidence for class k, its relevance summed over the channels where the head meets the map. A class
     that is spoken for by the same positions is a sibling, as another breed of dog, and no rival: it would close the
-    gate over the object itself.
+    gate over the object itself. ``corr`` is the correlation over the positions; what is the same everywhere, but for
+    a 1e-5th of its size, correlates with nothing: each deviation's norm counts with that much of the evidence's added.
 
     Args:
         evidence: (K + R, N, *positions), any sign: of the classes asked for, then of those that may be rivals. One of
@@ -102,7 +104,7 @@ def _against(evidence: Tensor, asked: int, alike: float, temperature: float) -> 
     maps = evidence.flatten(2)
     logits = maps * (maps.shape[2] / temperature)
     centred = maps - maps.mean(2, keepdim=True)
-    unit = centred / (centred.norm(dim=2, keepdim=True) + _TINY)
+    unit = centred / (centred.norm(dim=2, keepdim=True) + _FLAT * maps.norm(dim=2, keepdim=True) + _TINY)
     likeness = torch.einsum("knp,rnp->krn", unit[:asked], unit[asked:])
     # A step in place of the band would make a class of a rounding error.
     return logits, ((alike + _BAND - likeness) / (2 * _BAND)).clamp(0, 1)
