@@ -9,6 +9,7 @@ import tsgb
 from test_handing import relative
 from tsgb import rules
 from tsgb.backprop.folding import Waiting
+from tsgb.backprop.nodes import Handed
 
 
 @torch.jit.script
@@ -107,7 +108,7 @@ def assert_plain(model, x, targets=([0, 1], [3, 2])):
 def test_whatever_reads_what_is_folded(how, folded):
     model, x = Reading(how), torch.rand(2, 3, 16, 16)
     assert_plain(model, x)
-    assert len(folded) == 1 + (how not in ("viewed", "written on", "shown", "without grad")) + (how == "normed twice")
+    assert len(folded) == 1 + (how not in ("viewed", "written on", "shown", "without grad"))
     assert all(torch.allclose(torch.tensor(a), torch.tensor(model.seen[-1]), atol=1e-5) for a in model.seen)
     if how == "kept":
         expected = model.kept
@@ -195,6 +196,128 @@ def test_an_output_that_nothing_read_is_worked_out():
     found = tsgb.explain(model, x, lambda output: output["out"][:, 1].mean((1, 2)))
     with torch.no_grad():
         assert torch.allclose(found.logits, model(x)["out"], atol=1e-6)
+
+
+class Rectified(Reading):
+    """What a rectifier does that writes on the output of a batch norm."""
+
+    def __init__(self, rectifier, how, dims=2):
+        super().__init__("nothing")
+        kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d
+        self.conv1 = kinds[dims - 1](3, 6, 3, padding="same" if how == "by name" else 1, bias=False)
+        self.conv2 = kinds[dims - 1](6, 6, 3, (2,) * dims, 1, groups=2, bias=False)
+        self.conv3 = kinds[dims - 1](6, 6, 1, bias=how == "head")
+        self.norm1, self.norm2 = ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](6) for _ in range(2))
+        for norm in (self.norm1, self.norm2):
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+        self.rectifier, self.rectified = rectifier, how
+        self.eval()
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x))
+        if self.rectified == "read before":
+            before = x * 0.5
+            x = self.rectifier(x) + before
+        else:
+            x = self.rectifier(x)
+        raw = self.norm2(self.conv2(x))
+        if self.rectified == "twice":
+            x = self.rectifier(functional.hardtanh(raw, 0, 0.3, inplace=True))
+        elif self.rectified == "shifted":  # where zeros become numbers
+            x = self.norm1(self.rectifier(raw))
+        elif self.rectified == "written through another name":
+            other = raw
+            self.rectifier(other)
+            x = raw
+        elif self.rectified == "gating":
+            x = self.rectifier(raw) * self.norm1(self.conv3(x[:, :, ::2, ::2]))
+        elif self.rectified == "added to":
+            x = self.rectifier(raw)
+            x += x.mean((2, 3), keepdim=True)
+        elif self.rectified == "unruled":  # which takes gradients of what is before the batch norm and after it
+            convolved = self.conv2(x)
+            x = torch.cumsum(self.rectifier(self.norm2(convolved)), 2) + torch.cumsum(convolved, 3)
+        else:
+            x = self.rectifier(raw)
+        x = self.conv3(x)
+        if self.rectified == "head":
+            return x.flatten(2).mean(2)
+        return self.head(x.flatten(2).mean(2))
+
+
+RECTIFIERS = {
+    "ReLU": nn.ReLU(True),
+    "ReLU6": nn.ReLU6(True),
+    "relu_": torch.relu_,
+    "below": nn.Hardtanh(0, 0.5, True),
+    "by name": lambda x: functional.hardtanh(x, min_val=0, max_val=1, inplace=True),
+    "around 0": nn.Hardtanh(-0.5, 0.5, True),
+    "leaky": nn.LeakyReLU(0.2, True),
+    "apart": nn.ReLU(),
+}
+RECTIFIED = [
+    "read before",
+    "twice",
+    "shifted",
+    "written through another name",
+    "added to",
+    "unruled",
+    "by name",
+    "head",
+]
+
+
+@pytest.mark.parametrize(
+    ("rectifier", "how"),
+    [*((name, "nothing") for name in RECTIFIERS), *(("ReLU6", how) for how in RECTIFIED), ("ReLU", "gating")],
+)
+def test_a_rectifier_that_writes_on_what_waits(rectifier, how):
+    torch.manual_seed(1)
+    model = Rectified(RECTIFIERS[rectifier], how)
+    assert_plain(model, torch.rand(2, 3, 8, 8))
+    if how == "gating":
+        assert ("mul", "gate", 1) in tsgb.explain(model, torch.rand(1, 3, 8, 8), 1).coverage
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("has_mkldnn", [True, False])
+def test_a_rectifier_runs_with_its_convolution_in_any_dimension(dims, has_mkldnn, nodes):
+    torch.manual_seed(1)
+    with torch.backends.mkldnn.flags(enabled=has_mkldnn):
+        assert_plain(Rectified(nn.ReLU(True), "nothing", dims), torch.rand(2, 3, *(64 // dims**2,) * dims))
+    assert nodes[:4] == ["image", "conv", "conv", "conv"]
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """What the operators are that have a node of their own."""
+    found = []
+    run = Handed.forward
+
+    def forward(ctx, job, *signals):
+        found.append(job.ruling.name[:5].rstrip("123d"))
+        return run(ctx, job, *signals)
+
+    monkeypatch.setattr(Handed, "forward", staticmethod(forward))
+    return found
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_a_head_that_batch_norm_follows_keeps_the_derivative_of_what_is_above(is_module, folded):
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(True), nn.Conv2d(6, 4, 1, bias=False),
+        nn.BatchNorm2d(4), nn.ReLU(True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ).eval()  # fmt: skip
+    for norm in (model[1], model[4]):
+        norm.running_var.uniform_(0.2, 3)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias)
+    x, called = torch.rand(2, 3, 8, 8), model if is_module else lambda x: model(x)
+    for table in (rules.PIXELS, rules.DEFAULT):
+        ours, theirs = (tsgb.explain(called, x, [[0, 1], [3, 2]], rules=t) for t in (table, rules.plain(table)))
+        assert relative(ours.maps, theirs.maps) < 1e-5
+        assert ours.coverage == theirs.coverage
+    assert len(folded) == (2 if is_module else 4)  # which is remembered of a module
 
 
 class Pooling(Reading):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, passes, targets
 from . import rules as rule_tables
-from .backprop import CoverageError, LostError
+from .backprop import CoverageError, FoldedError, LostError
 from .explanation import Explanation
 from .passes import NOTHING, Facts, Pass, Request
 from .targets import Target
@@ -267,7 +267,10 @@ def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
         other = passes.forward(replace(request, whole=True), tuple(map(filled, inputs)), target, handing)
         if are_same(done.logits, other.logits):
             done = other
-    return passes.backward(request, target, done)
+    try:
+        return passes.backward(request, target, done)
+    except FoldedError:
+        return _passed(passes.unfolded(request), inputs, target, handing)
 
 
 def _why_empty(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], whole: bool) -> list[list[str | None]]:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ from .backprop import (
 from .explanation import Row
 from .targets import Target
 
-__all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor"]
+__all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor", "unfolded"]
 
 #: Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
 #: used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
 NOTHING = 1e-30
-#: Models that call max pooling as a function, so that to fold batch norm is in vain; nothing but time depends on it.
-_CHOOSING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Models whose batch norm is not folded, as it had been in vain; nothing but time depends on it.
+_UNFOLDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK, _STANCE, _running = threading.Lock(), ExitStack(), 0  # threads in which compiled code runs as it was written
 _RIVALS = 20  # classes of the highest logits, which those asked for may have to compete with
 _AT_ONCE = 2**26  # values of images times classes that go backward together
@@ -58,6 +58,7 @@ class Request:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
     whole: bool = False  # whether the relevance of every value of an input is asked for, not its sum over the channels
+    folds: bool = True  # whether batch norm may be folded into convolutions
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,21 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
     Args:
         target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
     """
-    pools = None
     module = request.model if isinstance(request.model, nn.Module) else None  # what else is called may have no hash
-    if module is None or module not in _CHOOSING:
+    pools = None
+    if request.folds and (module is None or module not in _UNFOLDED):
         pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
     try:
         return _forward(request, inputs, target, handing, pools)
     except FoldedError:  # it calls max pooling as a function
-        if module is not None:
-            _CHOOSING.add(module)
-        return _forward(request, inputs, target, handing, None)
+        return forward(unfolded(request), inputs, target, handing)
+
+
+def unfolded(request: Request) -> Request:
+    """The same, with no batch norm folded, which is remembered of the model."""
+    if isinstance(request.model, nn.Module):
+        _UNFOLDED.add(request.model)
+    return replace(request, folds=False)
 
 
 def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool, pools: int | None) -> Forward:
@@ -139,6 +145,7 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
 
     Raises:
         TargetError: a class that the model does not have. CoverageError: the head cannot be told.
+        FoldedError: batch norm was folded into the head; see `unfolded`.
     """
     run, leaves, count = done.run, done.leaves, len(done.leaves[0])
     if done.scores is not None:

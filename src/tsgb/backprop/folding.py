@@ -4,6 +4,9 @@ Relevance passes batch norm unchanged, so nothing asks for what lies between the
 
     batch_norm(conv(x, w)) = conv(x, s w) + (bias - s mean),        s = weight / sqrt(var + eps)
 
+A convolution that waits has two outputs in autograd's graph, its own and that of the batch norm after it, which so
+needs no node of its own; nor does a rectifier that writes on the latter before anything has read it.
+
 The last digits are not those of the model, and max pooling chooses by them between values that are nearly the same. So
 nothing is folded below a max pooling, or another operator that chooses.
 """
@@ -20,15 +23,22 @@ from torch.nn import functional
 
 from .. import rules
 from ..tracing import is_traced
-from .saved import Cell
+from . import graph
+from .handing import Passing
+from .operators import Call
+from .saved import Cell, Kept
 from .windows import Windows
 
-__all__ = ["FOLDED", "UNREAD", "FoldedError", "Folding", "Waiting"]
+__all__ = ["LATE", "UNREAD", "FoldedError", "Folding", "Waiting"]
 
-FOLDED = "batch_norm"
+_FOLDED = "batch_norm"
+_WRITING = {"relu", "relu6", "hardtanh"}  # rectifiers, which may write on what waits
 
-#: Calls that read no value of a tensor; of the folded one it is seen to elsewhere.
-UNREAD = {FOLDED, "dim", "size", "shape", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point"}
+#: Calls that may run with the convolution that they follow.
+LATE = {_FOLDED, *_WRITING}
+
+#: Calls that read no value of a tensor.
+UNREAD = {"dim", "size", "shape", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point"}
 
 _WITH = ("", "_with_indices")
 _CHOOSING = {f"{kind}max_pool{n}d{what}" for kind in ("", "adaptive_") for n in (1, 2, 3) for what in _WITH}
@@ -36,7 +46,7 @@ _CHOOSING |= {"amax", "argmax", "max", "maximum", "sort", "topk"}
 
 
 class FoldedError(Exception):
-    """A max pooling came after what was folded: the model has to be run without that."""
+    """A max pooling came after what was folded, or it is the head: the model has to be run without that."""
 
 
 class Folding:
@@ -82,29 +92,70 @@ class Folding:
             return False
         return x.dtype == weight.dtype == torch.float32 and x.dim() == weight.dim()
 
-    def fold(self, waiting: Waiting, *args: Any, **kwargs: Any) -> Tensor:
-        """Run a convolution with the batch norm after it."""
-        self._has_folded = True
-        return waiting.folded(*args, **kwargs)
+    def take(self, call: Call, rule: Callable[..., Tensor], kept: Kept) -> Tensor | None:
+        """Let a call wait with the convolution that it follows: its output; None where it has to run.
+
+        Args:
+            call: one of those that are `LATE`. ``rule``: what it met. ``kept``: knows what waits.
+        """
+        x: Tensor = call.args[0]
+        waiting, ruling = kept.waits(x), graph.ruling_of(x.grad_fn)
+        if not isinstance(waiting, Waiting) or ruling is None or ruling.handing is None:
+            return None
+        if call.name == _FOLDED:
+            output = kept.after(x)
+            if output is not None:
+                self._has_folded = True
+                kept.wait(output, waiting.folded(*call.args[1:], **call.kwargs))
+                ruling.passing = Passing(ruling.handing.takes, False, False, ruling.handing.is_last)
+            return output
+        bounds = _bounds(call) if call.inplace is x and x.output_nr and not waiting.has_rectifier else None
+        if bounds is None or not isinstance(rule, partial) or rule.func is not rules.activation:
+            return None
+        waiting.rectify(*bounds)
+        ruling.passing = Passing(ruling.handing.takes, True, True, ruling.handing.is_last)
+        ruling.rectifier = call.name
+        return x
 
 
 class Waiting(Cell):
-    """The output of a convolution without bias that has not been worked out.
+    """The output of a convolution that has not been worked out.
 
     Args:
-        function: the convolution, of ``x``, ``weight`` and ``options``.
-        x: (N, C, *in). ``weight``: (O, C / groups, *k).
+        function: the convolution, of ``x``, ``weight``, ``bias`` and ``options``.
+        x: (N, C, *in). ``weight``: (O, C / groups, *k). ``bias``: (O,) or None.
         options: stride, padding, dilation and groups by name, as they came.
     """
 
-    def __init__(self, function: Callable[..., Tensor], x: Cell, weight: Cell, options: dict[str, Any]) -> None:
-        self._function, self._x, self._weight, self._options = function, x, weight, options
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        x: Cell,
+        weight: Cell,
+        options: dict[str, Any],
+        bias: Tensor | None = None,
+    ) -> None:
+        self._function, self._x, self._weight, self._bias, self._options = function, x, weight, bias, options
+        self._bounds: tuple[float, float] | None = None
         self.is_spared = False
 
     @property
     def tensor(self) -> Tensor:  # type: ignore[override]
         """The output."""
-        return self._run(self._weight.tensor, None)
+        x = self._x.tensor
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # as it was when the convolution was called
+                return self._run(x)
+        return self._run(x)
+
+    @property
+    def has_rectifier(self) -> bool:
+        """Whether the output is rectified."""
+        return self._bounds is not None
+
+    def rectify(self, low: float, high: float) -> None:
+        """Clamp the output."""
+        self._bounds = low, high
 
     def empty(self, windows: Windows) -> Tensor:
         """A tensor of the output's shape, in the memory of one value."""
@@ -121,18 +172,56 @@ class Waiting(Cell):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Tensor:
-        """The output of the batch norm that follows."""
-        scale = (running_var + eps).rsqrt_()
-        if weight is not None:
-            scale *= weight
-        shift = -running_mean * scale if bias is None else torch.addcmul(bias, running_mean, scale, value=-1)
-        kernels = self._weight.tensor
-        return self._run(kernels * scale.reshape(-1, *[1] * (kernels.dim() - 1)), shift)
+    ) -> Waiting:
+        """The output of the batch norm that follows, which waits in its turn."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            scale = (running_var + eps).rsqrt_()
+            if weight is not None:
+                scale *= weight
+            shift = -running_mean * scale if bias is None else torch.addcmul(bias, running_mean, scale, value=-1)
+            kernels = self._weight.tensor
+            scaled = kernels * scale.reshape(-1, *[1] * (kernels.dim() - 1))
+        return Waiting(self._function, self._x, Cell(scaled), self._options, shift)
 
-    def _run(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = self._x.tensor
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):  # as it was when the convolution was called
-                return self._function(x, weight, bias, **self._options)
-        return self._function(x, weight, bias, **self._options)
+    def _run(self, x: Tensor) -> Tensor:
+        weight = self._weight.tensor
+        if self._bounds is None:
+            return self._function(x, weight, self._bias, **self._options)
+        together = _rectified(x, weight, self._bias, self._bounds, **self._options)
+        if together is not None:
+            return together
+        return self._function(x, weight, self._bias, **self._options).clamp_(*self._bounds)
+
+
+def _rectified(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bounds: tuple[float, float],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor | None:
+    """A convolution and a clamp in one pass over the memory, by the operator that torch compiles both to on a CPU.
+
+    None where there is no such operator: in one or three dimensions, for padding by name, without oneDNN.
+    """
+    run = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if run is None or x.device.type != "cpu" or x.dim() != 4 or isinstance(padding, str):
+        return None
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[no-untyped-call]
+        return None
+    pairs = [[n, n] if isinstance(n, int) else [*n] * (3 - len(n)) for n in (padding, stride, dilation)]
+    name, scalars = ("relu", []) if bounds[1] == float("inf") else ("hardtanh", [*bounds])
+    o: Tensor = run(x, weight, bias, *pairs, groups, name, scalars, "")
+    return o
+
+
+def _bounds(call: Call) -> tuple[float, float] | None:
+    """Between which values a rectifier clamps; None where they are not known, or 0 is not the lower one."""
+    if call.name != "hardtanh":
+        return (0.0, 6.0 if call.name == "relu6" else float("inf")) if len(call.args) == 1 and not call.kwargs else None
+    if len(call.args) != 3 or call.kwargs or call.args[1] != 0 or not isinstance(call.args[2], (int, float)):
+        return None
+    return 0.0, call.args[2]

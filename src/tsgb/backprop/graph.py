@@ -193,8 +193,19 @@ def gate(a: Tensor, b: Tensor, bending: Collection[str]) -> Tensor | None:
         return b
     if _comes_from(a, b):
         return a
-    bent = [name(node) in bending for node in (a.grad_fn, b.grad_fn)]
+    bent = [_maker(t) in bending for t in (a, b)]
     return None if bent[0] == bent[1] else a if bent[0] else b
+
+
+def _maker(tensor: Tensor) -> str:
+    """Name the operator that a tensor is the output of, whether it has a node of its own or was copied in place."""
+    node, place = tensor.grad_fn, tensor.output_nr
+    while node is not None and node.name().endswith("CopyBackwards"):
+        node, place = node.next_functions[-1]
+    ruling = ruling_of(node)
+    if ruling is not None and place:
+        return ruling.rectifier
+    return "" if node is None else name(node)
 
 
 def _comes_from(b: Tensor, a: Tensor) -> bool:

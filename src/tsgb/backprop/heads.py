@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 
 from . import graph
 from .coverage import Coverage, CoverageError
+from .folding import FoldedError
 from .nodes import Ruling
 from .reading import Reading, tops
 
@@ -32,6 +33,7 @@ class Heads:
 
     Raises:
         CoverageError: no head was found, or an operator unknown to the table may hide it.
+        FoldedError: what is above a head, whose derivative counts, was folded into it.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Heads:
                 )
             ruling = graph.ruling_of(node)
             if ruling is not None and ruling.head_rule is not None:
+                if ruling.passing is not None:
+                    raise FoldedError
                 nodes.append(node)
                 self.rulings.append(ruling)
                 continue

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .. import rules
 from . import graph, operators, scope
 from .coverage import Coverage
-from .folding import FOLDED, UNREAD, FoldedError, Folding, Waiting
+from .folding import LATE, UNREAD, FoldedError, Folding
 from .handing import CHANNELS, SUMS, Image
 from .heads import Heads
 from .nodes import SLOT, Handed, Job, Ruled, Ruling, form
@@ -32,7 +32,7 @@ from .saved import Kept, separate
 from .starts import start
 
 # What a tensor tells without being read, of which no more need be known.
-_FACTS = UNREAD - {FOLDED, "requires_grad"}
+_FACTS = UNREAD - {"requires_grad"}
 _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "storage_offset")
 
 __all__ = ["Backprop", "recording"]
@@ -117,7 +117,7 @@ class Backprop(TorchFunctionMode):
             return seen[-1]
 
         args, kwargs = mapped(constant, args), mapped(constant, kwargs) if kwargs else kwargs
-        if self._kept.waiting and name not in UNREAD:
+        if self._kept.waiting and name not in UNREAD and name not in LATE:
             self._kept.settle(seen)
         depending = sum([t.requires_grad for t in seen])
         if not depending or not torch.is_grad_enabled():
@@ -158,11 +158,14 @@ class Backprop(TorchFunctionMode):
         if self._is_handing:
             if not self._kept.is_innermost():
                 raise LostError("the model saves tensors in its own way, as gradient checkpointing does")
+            if self._kept.waiting and call.name in LATE:
+                if met is not None and (taken := self.folding.take(call, met[0].rule, self._kept)) is not None:
+                    self.coverage.met.append(met[0])
+                    return taken
+                self._kept.settle(operators.tensors((call.args, call.kwargs)))
             handed = self._hand(call, met, partial(func, *args, **kwargs))
             if handed is not None:
                 return handed
-            if call.name == FOLDED:
-                self._kept.settle([call.args[0]])
             if call.inplace is not None or call.name == "setitem":
                 self._keep_outputs(call)
             if call.name in _STRIDED:
@@ -256,29 +259,28 @@ class Backprop(TorchFunctionMode):
             self.coverage.met.append(ruling)
         self._release_below(ruling, x)
         inplace = written is not None
-        waiting = kept.waits(x)
         if len(begun.signals) == 1 and not (inplace and begun.is_kinked):
-            ruling.x = waiting or kept.pack(x)
-        if isinstance(waiting, Waiting):
-            run = partial(self.folding.fold, waiting, *call.args[1:], **call.kwargs)
-        elif begun.run is None and not inplace:
+            ruling.x = kept.pack(x)
+        if begun.run is None and not inplace:
             run = partial(ruling.function, *call.args, **call.kwargs)
         if written is not None:
             with kept.sparing(begun.spared):
                 kept.copy(written)
-        o = Handed.apply(Job(ruling, begun.run or run, begun.begin, inplace), *begun.signals)  # type: ignore[no-untyped-call]
+        job = Job(ruling, begun.run or run, begun.begin, inplace, begun.waiting is not None)
+        o = Handed.apply(job, *begun.signals)  # type: ignore[no-untyped-call]
         if inplace and begun.is_kinked:
             ruling.x = kept.pack(o)
         if begun.waiting is not None:
-            kept.wait(o, begun.waiting)
+            o, after = o
+            kept.wait(o, begun.waiting, after)
         return o
 
     def _keep_outputs(self, call: Call) -> None:
         """Keep the outputs that an operator takes which gives gradients back."""
         for tensor in operators.tensors((call.args, call.kwargs)):
             ruling = graph.ruling_of(tensor.grad_fn)
-            if ruling is not None and ruling.handing is not None and ruling.o is None:
-                ruling.o = self._kept.pack(tensor)
+            if ruling is not None and ruling.handing is not None and tensor.output_nr not in ruling.outputs:
+                ruling.outputs[tensor.output_nr] = self._kept.pack(tensor)
 
     def _read(self, call: Call, output: Any) -> Any:
         """Keep what has positions, as the classes may compete there."""

@@ -56,10 +56,12 @@ class Ruling:
     is_single: bool = False  # of a head: whether each row of gradients is of one class
     arrived: Tensor | None = None  # of a head: per class and image, whether any gradient arrived in this backward
     handing: Handing | None = None
+    passing: Handing | None = None  # of a convolution: of its second output, that of the batch norm after it
+    rectifier: str = ""  # what wrote on that output, and has no node of its own
     is_below: bool = False  # whether something with weights is known to come after it
     x: Cell | None = None  # until then, the input and the other tensors: a head needs them, and what is above it
     others: list[Tensor] = field(default_factory=list)
-    o: Cell | None = None  # the output, where something that takes it gives gradients back
+    outputs: dict[int, Cell] = field(default_factory=dict)  # those that something takes which gives gradients back
 
     def backward(self, grad: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
         """Apply the rule in float32 at least, and hand on what the type of x can hold.
@@ -148,6 +150,7 @@ class Job(NamedTuple):
     run: Callable[[], Tensor]
     begin: Callable[[Tensor], Handing]
     is_inplace: bool
+    is_followed: bool = False  # whether what follows it is an output of its own
 
 
 def form(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,7 +172,7 @@ class Handed(torch.autograd.Function):
         ctx: Any,
         job: Job,
         *signals: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the operator, and let the rule keep what it needs."""
         ctx.set_materialize_grads(False)
         ctx.ruling = job.ruling
@@ -179,26 +182,24 @@ class Handed(torch.autograd.Function):
         job.ruling.handing = job.begin(o)
         ctx.kinds = [(signal.shape, signal.dtype) for signal in signals]
         ctx.shape = o.shape
-        return o
+        return (o, job.run()) if job.is_followed else o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Hand on what arrives; the caller has left autocast."""
-        ruling, grad = ctx.ruling, grads[0]
-        if grad is None:
+        ruling = ctx.ruling
+        arrived = [(place, grad) for place, grad in enumerate(grads) if grad is not None]
+        if not arrived:
             return (None, *(None for _ in ctx.kinds))
-        if not isinstance(grad, Relevance):
+        if not all(isinstance(grad, Relevance) for _, grad in arrived):
             raise LostError("a gradient of one class arrived")
+        grad: Any = arrived[0][1]
         if ruling.is_ordinary or ruling.f is not None:
             given = _above(ruling, grad, len(ctx.kinds))
+        elif ruling.handing.takes == GRADIENT:
+            given = ruling.handing.hand([Gradient(grad.gradients())])
         else:
-            wants_gradient = ruling.handing.takes == GRADIENT
-            parts = (
-                [Gradient(grad.gradients())]
-                if wants_gradient
-                else _relevance(grad.parts, ruling.o, ruling.handing.is_last)
-            )
-            given = ruling.handing.hand(parts)
+            given = ruling.handing.hand(_arrived(ruling, arrived))
         if not _is_kept():
             ruling.handing.forget()
         if len(given) == 1 and given[0] is grad.parts and ctx.kinds[0] == (grad.shape, grad.dtype):
@@ -234,6 +235,13 @@ def _above(ruling: Ruling, grad: Relevance, count: int) -> list[list[Part]]:
 def _channels_first(values: Tensor, is_last: bool) -> Tensor:
     """Relevance (K, N, C, *) from that of a tensor whose channels may stand last."""
     return values.movedim(-1, 2) if is_last else values
+
+
+def _arrived(ruling: Ruling, grads: list[tuple[int, Any]]) -> list[Part]:
+    """The relevance that arrives, at one output or both."""
+    assert ruling.handing is not None
+    found = [_relevance(grad.parts, ruling.outputs.get(place), ruling.handing.is_last) for place, grad in grads]
+    return found[0] if len(found) == 1 else [part for parts in found for part in parts]
 
 
 def _relevance(parts: list[Part], o: Cell | None, is_last: bool) -> list[Part]:

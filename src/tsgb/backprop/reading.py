@@ -83,8 +83,8 @@ class Reading:
             gate = self._gate(summed(grad.parts).squeeze(2)).unsqueeze(2)
             return Relevance(grad.shape, grad.dtype, [self._part(part, gate) for part in grad.parts])
         o, dim = graph.output_of(node, nr)
-        if o is None and ruling is not None and ruling.o is not None:
-            o = ruling.o.tensor
+        if o is None and ruling is not None and nr in ruling.outputs:
+            o = ruling.outputs[nr].tensor
         if o is None:
             raise LostError("an output was let go where classes compete")
         if isinstance(grad, Relevance):

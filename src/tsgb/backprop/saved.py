@@ -34,7 +34,8 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._states: tuple[Any, ...] | None = None
         self._cells: dict[int, list[weakref.ref[Cell]]] = {}
         self.torn: dict[int, Tensor] = {}  # copies in place of views, by their storage
-        self.waiting: dict[int, tuple[weakref.ref[Tensor], Cell]] = {}  # tensors not worked out yet, by their storage
+        # Tensors not worked out yet, by their storage, and what a call that follows is to return.
+        self.waiting: dict[int, tuple[weakref.ref[Tensor], Cell, Tensor | None]] = {}
 
     def pack(self, tensor: Tensor) -> Cell:
         """Take what autograd saves."""
@@ -48,16 +49,24 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give it back as it was."""
         return cell.tensor
 
-    def wait(self, tensor: Tensor, cell: Cell) -> None:
-        """Let a tensor be worked out when it is read; the cell will have it."""
+    def wait(self, tensor: Tensor, cell: Cell, after: Tensor | None = None) -> None:
+        """Let a tensor be worked out when it is read; the cell will have it. ``after``: see `after`."""
         key = _storage(tensor)
         forget = weakref.ref(tensor, lambda _: self.waiting.pop(key, None))
-        self.waiting[key] = forget, cell
+        self.waiting[key] = forget, cell, after
 
     def waits(self, tensor: Tensor) -> Cell | None:
         """What will have a tensor that is not worked out yet, else None."""
         found = self.waiting.get(_storage(tensor)) if self.waiting else None
         return None if found is None else found[1]
+
+    def after(self, tensor: Tensor) -> Tensor | None:
+        """The output of a call that follows one that waits, which is given once."""
+        found = self.waiting.get(_storage(tensor))
+        if found is None:
+            return None
+        self.waiting[_storage(tensor)] = *found[:2], None
+        return found[2]
 
     def settle(self, tensors: Iterable[Tensor]) -> None:
         """Work out what is about to be read."""
@@ -65,7 +74,7 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for tensor in tensors:
-                reference, cell = self.waiting.pop(_storage(tensor), (None, None))
+                reference, cell, _ = self.waiting.pop(_storage(tensor), (None, None, None))
                 whole = None if reference is None else reference()
                 if whole is not None and cell is not None:
                     is_on = self.leave()
@@ -76,7 +85,7 @@ class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def settle_all(self) -> None:
         """Work out what is left and can still be read."""
-        self.settle([t for t in [reference() for reference, _ in self.waiting.values()] if t is not None])
+        self.settle([t for t in [reference() for reference, *_ in self.waiting.values()] if t is not None])
 
     def leave(self) -> bool:
         """Stop watching, for what writes on nothing that is kept and draws no random numbers; tell whether it did."""

@@ -74,8 +74,8 @@ def start(call: Call, ruling: Ruling, keep: Keep, folding: Folding) -> Start | N
 
 def producer(x: Tensor) -> Handing | None:
     """What handed relevance on to where a tensor came from, if anything does."""
-    ruling = getattr(x.grad_fn, "ruling", None)
-    return None if ruling is None else ruling.handing
+    ruling: Ruling | None = getattr(x.grad_fn, "ruling", None)
+    return None if ruling is None else ruling.passing if x.output_nr else ruling.handing
 
 
 def _taken(x: Tensor, is_last: bool = False) -> Takes:
