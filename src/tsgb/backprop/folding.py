@@ -184,38 +184,8 @@ class Waiting(Cell):
         return Waiting(self._function, self._x, Cell(scaled), self._options, shift)
 
     def _run(self, x: Tensor) -> Tensor:
-        weight = self._weight.tensor
-        if self._bounds is None:
-            return self._function(x, weight, self._bias, **self._options)
-        together = _rectified(x, weight, self._bias, self._bounds, **self._options)
-        if together is not None:
-            return together
-        return self._function(x, weight, self._bias, **self._options).clamp_(*self._bounds)
-
-
-def _rectified(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bounds: tuple[float, float],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Tensor | None:
-    """A convolution and a clamp in one pass over the memory, by the operator that torch compiles both to on a CPU.
-
-    None where there is no such operator: in one or three dimensions, for padding by name, without oneDNN.
-    """
-    run = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    if run is None or x.device.type != "cpu" or x.dim() != 4 or isinstance(padding, str):
-        return None
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[no-untyped-call]
-        return None
-    pairs = [[n, n] if isinstance(n, int) else [*n] * (3 - len(n)) for n in (padding, stride, dilation)]
-    name, scalars = ("relu", []) if bounds[1] == float("inf") else ("hardtanh", [*bounds])
-    o: Tensor = run(x, weight, bias, *pairs, groups, name, scalars, "")
-    return o
+        o = self._function(x, self._weight.tensor, self._bias, **self._options)
+        return o if self._bounds is None else o.clamp_(*self._bounds)
 
 
 def _bounds(call: Call) -> tuple[float, float] | None:
