@@ -201,9 +201,10 @@ def test_a_hidden_linear_layer_with_many_weights_has_the_gradient_of_the_product
     weight, x = torch.randn(4096, 4096, generator=draw), torch.randn(rows, 4096, generator=draw)
     grad = torch.randn(rows, 4096, generator=draw)
     assert weight.numel() >= rules.formulas._LARGE
-    found = rules.linear(grad, x, weight)
-    assert found.is_contiguous()
-    assert relative(found[:, ::97].double(), torch.einsum("ro,oc->rc", grad.double(), weight[:, ::97].double())) < 1e-5
+    expected = torch.einsum("ro,oc->rc", grad.double(), weight[:, ::97].double())
+    for found in (rules.linear(grad, x, weight), rules.gradient(grad, x, weight, function=functional.linear)):
+        assert found.is_contiguous()
+        assert relative(found[:, ::97].double(), expected) < 1e-5
 
 
 def test_shift_passes_relevance_and_gate_holds_the_gate():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..tracing import holds, is_traced
-from .formulas import convolution, linearised
+from .formulas import convolution, linearised, product
 
 __all__ = ["Split", "conv_head", "gradient", "gradient_head", "linear_head", "selectivity"]
 
@@ -164,13 +164,13 @@ def selectivity(hidden: bool) -> float:
 def _times(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad @ weight``. A row that asks for one class is a row of the weights, and most are such."""
     if is_traced() or grad.dim() != 2 or not grad.numel():
-        return grad @ weight
+        return product(grad, weight)
     several = (grad.count_nonzero(1) > 1).nonzero().flatten()
     if len(several) == len(grad):  # of a hidden layer
-        return grad @ weight
+        return product(grad, weight)
     classes = grad.abs().argmax(1)
     given = grad.gather(1, classes[:, None]) * weight[classes]
-    given[several] = grad[several] @ weight
+    given[several] = product(grad[several], weight)
     return given
 
 
