@@ -11,6 +11,7 @@ import plain
 import plain_maps
 import tsgb
 from tsgb import passes, rules
+from tsgb.backprop import relevance
 from tsgb.metrics import order
 from tsgb.rules.grids import painted, planes
 from tsgb.vision import import_torchvision
@@ -405,6 +406,18 @@ def test_of_channels_each_has_its_share():
 def test_there_is_no_f():
     with pytest.raises(ValueError, match=r"these rules have no f.*got f=0.5: leave it out"):
         tsgb.explain(Chain().eval(), torch.rand(1, 3, 8, 8), 1, f=0.5, rules=DEFAULT)
+
+
+def test_the_pixels_relevance_is_worked_out_where_it_is_asked_for(monkeypatch):
+    """A map of all depths reads what convolutions share, and what the first hands to the image it does not."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    images, given = torch.rand(2, 3, 12, 12), []
+    values = relevance.Owed.values
+    monkeypatch.setattr(relevance.Owed, "values", property(lambda part: given.append(part) or values.fget(part)))
+    tsgb.explain(net.eval(), images, [1, 2])
+    assert not given
+    tsgb.explain(net, images, [1, 2], rules=rules.PIXELS)
+    assert len(given) == 1
 
 
 def test_compiled():

@@ -124,7 +124,7 @@ def unfolded(request: Request) -> Request:
 
 
 def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool, pools: int | None) -> Forward:
-    leaves = tuple(plain_tensor(x).clone().requires_grad_() for x in inputs)
+    leaves = tuple(_leaf(x) for x in inputs)
     with recording(request.table, request.f, handing, pools) as run:
         images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
         output = _called(request.model, images, request.args, request.kwargs or {})
@@ -200,9 +200,12 @@ def _together(
                 reading.listen(found, score, rows)
                 arrived = heads.arrived(1, count)
                 grads = _gradients(score, leaves, rows[:1] - rows[-1:] if len(rows) > 1 else rows, retain, False)
-    maps = [_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
+    drawn = None if reading is None else _map(request, leaves, reading)
+    if drawn is not None:
+        maps = [drawn]
+    else:
+        maps = [_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
     if reading is not None:  # of a class that nothing arrives of, what all classes share is no evidence
-        maps = [_map(request, leaves, reading, values) for values in maps]
         maps = [_where(arrived, values) for values in maps]
     return maps, arrived
 
@@ -215,6 +218,12 @@ def _where(known: Tensor, values: Tensor) -> Tensor:
 def plain_tensor(x: Tensor) -> Tensor:
     """An image without its graph and its own class."""
     return x.detach() if type(x) is Tensor else x.detach().as_subclass(Tensor)  # which a trace cannot follow
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """An image as a leaf of a graph; it is not copied, as the model is given a copy."""
+    image = plain_tensor(x)
+    return (image.clone() if image.is_inference() else image).requires_grad_()
 
 
 def _format(image: Tensor, handing: bool) -> torch.memory_format:
@@ -299,8 +308,8 @@ def _counted(done: Forward) -> tuple[Tensor, Tensor] | None:
     return logits, (grad.gradients() if isinstance(grad, Relevance) else grad[None])
 
 
-def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevance: Tensor) -> Tensor:
-    """The map of all depths where the table asks for one, and there is one image to make it of; else the relevance.
+def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading) -> Tensor | None:
+    """The map of all depths where the table asks for one, and there is one image to make it of; else None.
 
     The positive values of a map of all depths sum to the evidence that passed the gates, in logits. Where all evidence
     is against a class, the map is that of what speaks against it, below 0. Of channels each has its share of a pixel
@@ -308,12 +317,12 @@ def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading, relevan
     """
     rule, image = request.table.get(rule_tables.MAP), leaves[0].detach()
     if rule is None or reading.evidence is None or len(leaves) > 1:
-        return relevance
+        return None
     size = image.shape[2:]
     coarse = [field for field in reading.fields if field.dim() == image.dim()]
     speaks_for, against = reading.evidence
     if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
-        return relevance
+        return None
     flat = (1,) * len(size)
     sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
     sizes = [field.shape[2:] for field in coarse]

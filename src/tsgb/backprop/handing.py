@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..rules.formulas import EPS
 from ..tracing import is_traced
-from .relevance import Dense, Gradient, LostError, Part, Product, Summed, dense, single, summed
+from .relevance import Dense, Gradient, LostError, Owed, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
 
@@ -143,6 +143,7 @@ class Convolution(Handing):
         windows: what each position of the output sees.
         fields: 1, or the number of groups where each is treated by itself.
         below: what the producer of ``x`` takes.
+        is_first: whether ``x`` is the image, whose relevance is worked out when it is asked for, if it is.
         is_positive: whether no value of ``x`` is below 0, where that is known.
         keep: makes a cell of a tensor. ``has_bias``: whether the output is more than 0 where nothing is seen.
     """
@@ -160,12 +161,13 @@ class Convolution(Handing):
         keep: Callable[[Tensor], Cell],
         has_bias: bool,
         is_last: bool = False,
+        is_first: bool = False,
     ) -> None:
         x = x.movedim(-1, 1) if is_last else x
         self._alive, self._windows, self._has_bias, self.is_last = alive, windows, has_bias, is_last
         self.takes = SUMS if fields == 1 and self._alive is None else CHANNELS
         self._fields, self.below, self._is_positive = fields, below, is_positive
-        self._size = x.shape[2:]
+        self._size, self._is_first = x.shape[2:], is_first
         self._total = None if fields > 1 else _total(x, is_positive)
         self._x = keep(x) if fields > 1 or below != SUMS else None
 
@@ -184,9 +186,14 @@ class Convolution(Handing):
         if self.reading is not None:
             # An output of 0 has no relevance, though a shift after it hands some on.
             self.reading.note((relevance if self._has_bias else relevance * (n > EPS)).squeeze(2))
-        field = self._windows.spread(relevance / n, self._size)
+        total = self._total
+
+        def spread() -> Tensor:
+            return self._windows.spread(relevance / n, self._size)
+
         if self.below == SUMS:
-            return [[Product(field, self._total, None)]]
+            return [[Owed(n, lambda: spread() * total) if self._is_first else Product(spread(), total, None)]]
+        field = spread()
         if self.below == CHANNELS:
             return [[Product(field, self._total, self._sizes())]]
         values = field * single(self._input()).sign()

@@ -7,7 +7,7 @@ of the tensor's shape. An operator that has no rule gets the classes' dense grad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "Dense",
     "Gradient",
     "LostError",
+    "Owed",
     "Part",
     "Product",
     "Relevance",
@@ -66,6 +67,19 @@ class Summed:
     """The sum of the relevance over the channels (K, N, 1, *), where no more is asked for."""
 
     values: Tensor
+
+
+class Owed(Summed):
+    """The same, worked out each time it is asked for, if it is; ``source`` is a tensor that it comes from."""
+
+    def __init__(self, source: Tensor, work: Callable[[], Tensor]) -> None:
+        vars(self).update(source=source, work=work)
+
+    @property
+    def values(self) -> Tensor:
+        """What ``work`` gives."""
+        values: Tensor = vars(self)["work"]()
+        return values
 
 
 Part = Gradient | Dense | Product | Summed

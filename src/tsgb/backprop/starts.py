@@ -15,7 +15,7 @@ from .. import rules
 from ..tracing import is_traced, untraced
 from . import operators
 from .folding import Folding, Waiting
-from .handing import GRADIENT, AveragePool, Convolution, Handing, Masked, MaxPool, Mean, Passing, Takes
+from .handing import GRADIENT, AveragePool, Convolution, Handing, Image, Masked, MaxPool, Mean, Passing, Takes
 from .joining import Concatenation, Sum
 from .nodes import Ruling
 from .operators import Call
@@ -111,6 +111,7 @@ def _convolution(
     if x.dim() < weight.dim() or x.shape[2:].numel() == 1:
         return None
     fields, below, is_positive = 1 if conv.is_lumped else groups, _taken(x), _is_positive(x)
+    is_first = isinstance(producer(x), Image)
     windows = Windows.of(weight.shape[2:], stride, padding, dilation)
     count = windows.count(x.shape[2:])
     # What the convolution would refuse, it is to refuse where it is called.
@@ -125,7 +126,9 @@ def _convolution(
     def begin(o: Tensor) -> Convolution:
         has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero
         alive = o != 0 if has_zeros else None
-        return Convolution(x, alive, windows, fields, below, is_positive, conv.keep, bias is not None)
+        return Convolution(
+            x, alive, windows, fields, below, is_positive, conv.keep, bias is not None, is_first=is_first
+        )
 
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     is_wide = weight.dim() == 4 and weight[0, 0].numel() > 1
