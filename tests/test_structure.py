@@ -17,8 +17,9 @@ ARROWS = {
     "targets": {"tracing"},
     "checks": {"rules", "targets", "backprop"},
     "explanation": {"plots", "render", "pictures", "preprocessing", "regions"},
-    "passes": {"rules", "backprop", "targets", "checks", "explanation", "tracing"},
-    "attribution": {"rules", "backprop", "targets", "checks", "explanation", "passes"},
+    "drawing": {"rules", "backprop"},
+    "passes": {"rules", "backprop", "targets", "checks", "drawing", "explanation", "tracing"},
+    "attribution": {"rules", "backprop", "targets", "checks", "drawing", "explanation", "passes"},
     "compiled": {"rules", "targets", "checks", "explanation", "passes", "attribution"},
     "doctor": {"rules", "attribution", "explanation"},
     "pictures": set(),
@@ -51,7 +52,7 @@ ARROWS = {
     },
     "cli": {"report", "doctor", "bench", "models", "pictures", "render", "scenes"},
 }
-TORCH_ONLY = ("tracing", "rules", "backprop", "targets", "checks", "passes", "attribution", "compiled")
+TORCH_ONLY = ("tracing", "rules", "backprop", "targets", "checks", "drawing", "passes", "attribution", "compiled")
 LATE = ("explanation", "cli")  # what they import of the package, they import when called
 
 

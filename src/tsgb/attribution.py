@@ -13,8 +13,9 @@ from torch import Tensor
 from . import checks, passes, targets
 from . import rules as rule_tables
 from .backprop import CoverageError, FoldedError, LostError
+from .drawing import NOTHING
 from .explanation import Explanation
-from .passes import NOTHING, Facts, Pass, Request
+from .passes import Facts, Pass, Request
 from .targets import Target
 
 __all__ = ["TSGB", "explain"]

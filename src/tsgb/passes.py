@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from . import checks, targets
+from . import checks, drawing, targets
 from . import rules as rule_tables
 from .backprop import (
     Backprop,
@@ -23,23 +23,16 @@ from .backprop import (
     Gradient,
     Heads,
     LostError,
-    Product,
     Reading,
     Relevance,
-    Summed,
-    dense,
     is_all_of,
     recording,
-    summed,
 )
 from .explanation import Row
 from .targets import Target
 
-__all__ = ["NOTHING", "Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor", "unfolded"]
+__all__ = ["Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor", "unfolded"]
 
-#: Stands for 0 in an image whose model shifts it, so that x * gradient can carry the evidence of a black pixel. It is
-#: used only where the logits are bit for bit those of the zeros. float16 has no such number, and keeps its zeros.
-NOTHING = 1e-30
 #: Models whose batch norm is not folded, as it had been in vain; nothing but time depends on it.
 _UNFOLDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK, _STANCE, _running = threading.Lock(), ExitStack(), 0  # threads in which compiled code runs as it was written
@@ -160,7 +153,7 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
     if counted is not None:
         score, weights = counted
         unit = weights.abs().amax(2)  # so that what competes is in logits
-        seeds = weights / unit.clamp(min=NOTHING)[:, :, None]
+        seeds = weights / unit.clamp(min=drawing.NOTHING)[:, :, None]
     are_logits = done.scores is None or counted is not None
     parts = []
     step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
@@ -200,19 +193,16 @@ def _together(
                 reading.listen(found, score, rows)
                 arrived = heads.arrived(1, count)
                 grads = _gradients(score, leaves, rows[:1] - rows[-1:] if len(rows) > 1 else rows, retain, False)
-    drawn = None if reading is None else _map(request, leaves, reading)
+    rule, drawn = request.table.get(rule_tables.MAP), None
+    if reading is not None and rule is not None and len(leaves) == 1:
+        drawn = drawing.all_depths(rule, reading, leaves[0].detach(), request.whole)
     if drawn is not None:
         maps = [drawn]
     else:
-        maps = [_relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
+        maps = [drawing.relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
     if reading is not None:  # of a class that nothing arrives of, what all classes share is no evidence
-        maps = [_where(arrived, values) for values in maps]
+        maps = [drawing.where(arrived, values) for values in maps]
     return maps, arrived
-
-
-def _where(known: Tensor, values: Tensor) -> Tensor:
-    """Values (K, N, *) where (K, N) holds, else 0."""
-    return torch.where(known.to(values.device).reshape(*known.shape, *(1,) * (values.dim() - 2)), values, 0)
 
 
 def plain_tensor(x: Tensor) -> Tensor:
@@ -253,25 +243,6 @@ def _once() -> Iterator[None]:
         raise
 
 
-def _relevance(leaf: Tensor, grad: Tensor | None, count: int, whole: bool) -> Tensor:
-    """The relevance of an image for ``count`` classes, (count, *shape) or summed over the channels, float32 at least.
-
-    A pixel that is zero, or stands for one, keeps what it carries if that is more than a trace.
-    """
-    dtype = torch.promote_types(leaf.dtype, torch.float32)
-    image = leaf.detach()
-    if grad is None:
-        relevance = torch.zeros_like(image, dtype=dtype).expand(count, *image.shape)
-    elif not isinstance(grad, Relevance):
-        relevance = image.to(dtype) * grad[None].to(dtype)
-    elif any(isinstance(part, Summed) or (isinstance(part, Product) and part.base is None) for part in grad.parts):
-        return summed(grad.parts).squeeze(2)
-    else:
-        relevance = dense(grad.parts)
-    relevance = torch.where((image.abs() <= NOTHING) & (relevance.abs() < NOTHING**0.5), 0, relevance)
-    return relevance.sum(2) if not whole and image.dim() > 2 else relevance
-
-
 def _rows(table: rule_tables.Table, score: Tensor, classes: Tensor, is_logits: bool) -> tuple[Tensor, Reading | None]:
     """What goes backward for the classes asked for: they alone, or with what they compete with.
 
@@ -306,46 +277,6 @@ def _counted(done: Forward) -> tuple[Tensor, Tensor] | None:
     if grad is None:
         return None
     return logits, (grad.gradients() if isinstance(grad, Relevance) else grad[None])
-
-
-def _map(request: Request, leaves: tuple[Tensor, ...], reading: Reading) -> Tensor | None:
-    """The map of all depths where the table asks for one, and there is one image to make it of; else None.
-
-    The positive values of a map of all depths sum to the evidence that passed the gates, in logits. Where all evidence
-    is against a class, the map is that of what speaks against it, below 0. Of channels each has its share of a pixel
-    in proportion to its size.
-    """
-    rule, image = request.table.get(rule_tables.MAP), leaves[0].detach()
-    if rule is None or reading.evidence is None or len(leaves) > 1:
-        return None
-    size = image.shape[2:]
-    coarse = [field for field in reading.fields if field.dim() == image.dim()]
-    speaks_for, against = reading.evidence
-    if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
-        return None
-    flat = (1,) * len(size)
-    sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
-    sizes = [field.shape[2:] for field in coarse]
-    held = [_on_grid(rule_tables.claims(rows, gate), sizes) for rows, gate in reading.contests]
-    claims = [both for both in held if both is not None]
-    found: Tensor = sign * rule([field * sign for field in coarse], image, claims)
-    positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)
-    scale = torch.where(negative < 0, against / negative.clamp(max=-NOTHING), 0)
-    scale = torch.where((positive > 0) & (speaks_for > 0), speaks_for / positive.clamp(min=NOTHING), scale)
-    found = found * scale.reshape(*scale.shape, *flat)
-    if not request.whole:
-        return found
-    total = image.abs().sum(1, keepdim=True)
-    share = torch.where(total > 0, image.abs() / total.clamp(min=NOTHING), 1 / image.shape[1])
-    return found.unsqueeze(2) * share
-
-
-def _on_grid(held: Tensor, sizes: Sequence[torch.Size]) -> Tensor | None:
-    """Claims (2, K, N, *positions) on a grid of as many dimensions as the fields have; of tokens, on a field's grid."""
-    if held.dim() - 3 == len(sizes[0]):
-        return held
-    size = next((size for size in sizes if size.numel() == held.shape[3:].numel()), None)
-    return None if size is None else held.reshape(*held.shape[:3], *size)
 
 
 def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:

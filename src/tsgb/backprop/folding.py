@@ -29,7 +29,7 @@ from .operators import Call
 from .saved import Cell, Kept
 from .windows import Windows
 
-__all__ = ["LATE", "UNREAD", "FoldedError", "Folding", "Waiting"]
+__all__ = ["LATE", "UNREAD", "FoldedError", "Folding", "Waiting", "bounds"]
 
 _FOLDED = "batch_norm"
 _WRITING = {"relu", "relu6", "hardtanh"}  # rectifiers, which may write on what waits
@@ -109,10 +109,10 @@ class Folding:
                 kept.wait(output, waiting.folded(*call.args[1:], **call.kwargs))
                 ruling.passing = Passing(ruling.handing.takes, False, False, ruling.handing.is_last)
             return output
-        bounds = _bounds(call) if call.inplace is x and x.output_nr and not waiting.has_rectifier else None
-        if bounds is None or not isinstance(rule, partial) or rule.func is not rules.activation:
+        clamp = bounds(call) if call.inplace is x and x.output_nr and not waiting.has_rectifier else None
+        if clamp is None or clamp[0] != 0 or not isinstance(rule, partial) or rule.func is not rules.activation:
             return None
-        waiting.rectify(*bounds)
+        waiting.rectify(*clamp)
         ruling.passing = Passing(ruling.handing.takes, True, True, ruling.handing.is_last)
         ruling.rectifier = call.name
         return x
@@ -188,10 +188,16 @@ class Waiting(Cell):
         return o if self._bounds is None else o.clamp_(*self._bounds)
 
 
-def _bounds(call: Call) -> tuple[float, float] | None:
-    """Between which values a rectifier clamps; None where they are not known, or 0 is not the lower one."""
-    if call.name != "hardtanh":
-        return (0.0, 6.0 if call.name == "relu6" else float("inf")) if len(call.args) == 1 and not call.kwargs else None
-    if len(call.args) != 3 or call.kwargs or call.args[1] != 0 or not isinstance(call.args[2], (int, float)):
+def bounds(call: Call) -> tuple[float, float] | None:
+    """Between which values a rectifier clamps; None where that is not known, or it is none.
+
+    Example:
+        >>> bounds(Call("relu6", (torch.ones(1),), {})), bounds(Call("silu", (torch.ones(1),), {}))
+        ((0.0, 6.0), None)
+    """
+    if call.kwargs or call.name not in _WRITING:
         return None
-    return 0.0, call.args[2]
+    if call.name != "hardtanh":
+        return (0.0, 6.0 if call.name == "relu6" else float("inf")) if len(call.args) == 1 else None
+    given = call.args[1:]
+    return given if len(given) == 2 and all(isinstance(value, (int, float)) for value in given) else None

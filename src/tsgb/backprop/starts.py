@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import rules
 from ..tracing import is_traced, untraced
 from . import operators
-from .folding import Folding, Waiting
+from .folding import Folding, Waiting, bounds
 from .handing import GRADIENT, AveragePool, Convolution, Handing, Image, Masked, MaxPool, Mean, Passing, Takes
 from .joining import Concatenation, Sum
 from .nodes import Ruling
@@ -168,8 +168,8 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
     before = producer(x)
     if before is None or before.takes == GRADIENT:
         return None
-    bounds = [value for value in call.args[1:2] if isinstance(value, (int, float))]
-    is_positive = function in rules.RELUS or (call.name == "hardtanh" and bool(bounds) and bounds[0] >= 0)
+    clamp = bounds(call)
+    is_positive = clamp is not None and clamp[0] >= 0
     if form is rules.activation:
         if not _is_zero_at_zero(function, x, call):
             return None
