@@ -351,9 +351,42 @@ def test_wrong_rules_are_refused():
     ):
         with pytest.raises(kind, match=message):
             tsgb.explain(Small(), images(), 0, rules=table)
-    for f in ("1", float("nan")):
-        with pytest.raises(ValueError, match="f must be a number"):
-            tsgb.explain(Small(), images(), 0, f=f)
+    for f in ("1", float("nan"), 2, -0.5):
+        with pytest.raises(ValueError, match="f must be a number, 0 to 1"):
+            tsgb.explain(Small(), images(), 0, rules=rules.PIXELS, f=f)
+
+
+@pytest.mark.parametrize("key", ["relu", nn.ReLU, nn.ReLU(), nn.ReLU().forward])
+def test_a_rule_is_by_torch_function(key):
+    """A key that no call can meet would be a rule that is silently none."""
+    with pytest.raises(TypeError, match=r"by torch function, .*take torch.nn.functional.relu"):
+        tsgb.explain(Small(), images(), 0, rules={**rules.DEFAULT, key: rules.activation})
+    for known in (torch.relu, torch.Tensor.relu_, torch.ops.aten.relu.default):
+        tsgb.explain(Small(), images(), 0, rules={**rules.DEFAULT, known: rules.ORDINARY})
+
+
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS, rules.PAPER])
+def test_what_a_rule_of_ones_own_gives_is_looked_at(table):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(), nn.LazyLinear(3))
+    net(images())
+    for given, kind, message in (
+        (lambda grad: grad[:, :1], ValueError, r"'mine' of gelu must return the gradient at its input, .*got \(4, 1, "),
+        (lambda grad: None, ValueError, "'mine' of gelu must return .*got NoneType"),
+        (lambda grad: grad * float("nan"), FloatingPointError, "or a rule of your own"),
+    ):
+
+        def mine(grad, x, given=given, **arguments):
+            return given(grad)
+
+        with pytest.raises(kind, match=message):
+            tsgb.explain(net.eval(), images(), 0, rules={**table, functional.gelu: mine})
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a module .*got Network: give its \.model"):
+        tsgb.explain(tsgb.load("bundled"), images(), 0)
+    with pytest.raises(TypeError, match=r"got dict$"):
+        tsgb.explain({}, images(), 0)
 
 
 def test_a_callers_graph_is_left_alone():

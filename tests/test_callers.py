@@ -128,7 +128,7 @@ def test_export(same, x):
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_torchscript_is_refused(how, x):
     model = torch.jit.script(Net()) if how == "script" else torch.jit.trace(Net(), x)
-    with pytest.raises(tsgb.CoverageError, match=r"scripted module.*write it in"):
+    with pytest.raises(tsgb.CoverageError, match=r"scripted module.*explain the module before"):
         tsgb.explain(model, x, 1)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 import plain_metrics as plain
-from tsgb import Explanation, regions
+from tsgb import Explanation, regions, render
 from tsgb.preprocessing import Preprocessing
 
 # Mean of the positive part 16 / 16 = 1. Above it lie the 2s at the left, which touch at a corner, and the 5.
@@ -184,6 +184,24 @@ def test_cropped_regions_are_where_the_crop_was(size, short_side):
         if x0 < size[0] and y0 < size[1] and x1 > 0 and y1 > 0
     ]
     assert boxes.tolist() == expected
+
+
+def test_an_overlay_lies_where_the_crop_was(tmp_path):
+    way = Preprocessing(size=(4, 4), resize="crop", short_side=4)
+    picture, found = Image.new("RGB", (12, 6), "white"), explanation([MAP, 2 * MAP])
+    drawn = found.overlay(picture, target=1, preprocessing=way)
+    assert np.array_equal(drawn, render.overlay(picture, way.restore(2 * MAP, picture.size)))
+    assert not np.array_equal(drawn, found.overlay(picture, target=1))
+    found.save(tmp_path, [picture], way)
+    found.overlay(picture, preprocessing=way).save(tmp_path / "expected.png")
+    assert np.array_equal(Image.open(tmp_path / "0_0.png"), Image.open(tmp_path / "expected.png"))
+    with pytest.raises(ValueError, match="preprocessing leads back to pictures"):
+        found.overlay(preprocessing=way)
+    with pytest.raises(ValueError, match=r"of the maps' size \(4, 4\), got \(5, 4\)"):
+        found.overlay(picture, preprocessing=Preprocessing(size=(5, 4)))
+    for place in ({"target": 2}, {"image": 1}):
+        with pytest.raises(IndexError, match=r"image must be below 1 and target, which counts the classes asked for"):
+            found.overlay(picture, **place)
 
 
 def test_a_box_beyond_the_picture_is_left_out_and_one_across_its_edge_ends_there():

@@ -8,7 +8,7 @@ from PIL import Image
 
 import tiny_networks
 import tsgb
-from tsgb import render, report, scenes
+from tsgb import pictures, render, report, scenes
 from tsgb.preprocessing import Preprocessing
 from tsgb.report import caption, explain_files, one_line, versions
 
@@ -48,6 +48,21 @@ def test_files_are_those_written_and_each_picture_counts_once(tmp_path, two):
     assert {entry["target"] for entry in found.entries} >= {0, 2}
     assert len(found.problems) == 1
     assert found.problems[0].startswith(f"{tmp_path / 'bad.png'}: ")
+
+
+def test_the_record_keeps_what_it_has_of_other_maps(tmp_path, two):
+    out = tmp_path / "out"
+    first = explain_files(network(), two, ["0", "1"], out).entries
+    again = explain_files(network(), two[:1], ["1", "2"], out, method="tsgb-pixels").entries
+    kept = [entry for entry in first if entry["map"] != "cat_1.npy"]
+    assert record(out) == [*kept, *again]
+    for entry in record(out):
+        assert entry["map_sha256"] == pictures.sha256(out / entry["map"])
+    (out / "dog_0.npy").unlink()
+    explain_files(network(), two[:1], ["1"], out)
+    assert sorted(entry["map"] for entry in record(out)) == ["cat_0.npy", "cat_1.npy", "cat_2.npy", "dog_1.npy"]
+    (out / "record.json").write_text('{"entries": [3]}')
+    assert explain_files(network(), two[:1], ["1"], out).entries == record(out)
 
 
 def test_every_entry_has_its_overlay_and_map(tmp_path, two):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ def check_inputs(inputs: tuple[Tensor, ...]) -> int:
         raise ValueError("images must be a tensor (N, C, H, W) or a tuple of tensors, got an empty tuple")
     for x in inputs:
         if not isinstance(x, Tensor):
-            raise TypeError(f"images must be a floating tensor (N, C, H, W), got {type(x).__name__}")
+            how = "one of a picture is network.preprocessing.tensor(picture)[None], of an array torch.from_numpy(array)"
+            raise TypeError(f"images must be a floating tensor (N, C, H, W), got {type(x).__name__}: {how}")
         if not x.is_floating_point():
             dtype = str(x.dtype).removeprefix("torch.")
             raise TypeError(f"images must be floating, as the model expects them, got {dtype}: preprocess them first")
@@ -51,6 +51,7 @@ def _are_finite(x: Tensor) -> bool:
     return bool(x.detach().sum().isfinite())
 
 
+_ROLES = (rules.HEAD, rules.F, rules.CONSTANT, rules.GATE, rules.RIVALS, rules.MAP)
 _STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")  # torchvision's, timm's
 
 
@@ -69,8 +70,12 @@ def check_table(table: Any, f: Any) -> None:
     missing = [key for key in (rules.HEAD, rules.F) if key not in table]
     if missing:
         raise ValueError(f"rules must be a table with the keys HEAD and F, {how}; it lacks {', '.join(missing)}")
-    if f is not None and (not isinstance(f, (int, float)) or not math.isfinite(f)):
-        raise ValueError(f"f must be a number, usually 0 to 1, or None, got {f!r}")
+    for key in table:
+        is_module = isinstance(key, type) or isinstance(getattr(key, "__self__", key), nn.Module)
+        if key not in _ROLES and (is_module or not callable(key)):
+            raise TypeError(f"rules are by torch function, such as torch.nn.functional.gelu, got {key!r}{_hint(key)}")
+    if f is not None and (not isinstance(f, (int, float)) or not 0 <= f <= 1):
+        raise ValueError(f"f must be a number, 0 to 1, or None, got {f!r}")
     if f is not None and table[rules.F] is None:
         raise ValueError(
             f"these rules have no f, as their head keeps its own gradient, got f={f!r}: leave it out, or take "
@@ -78,15 +83,25 @@ def check_table(table: Any, f: Any) -> None:
         )
 
 
+def _hint(key: Any) -> str:
+    """What a module that stands for an operator calls, where torch has it by that name."""
+    module = getattr(key, "__self__", key)
+    name = module.__name__ if isinstance(module, type) else key if isinstance(key, str) else type(module).__name__
+    return f": take torch.nn.functional.{name.lower()}" if hasattr(nn.functional, name.lower()) else ""
+
+
 def check_mode(model: Any) -> None:
-    """Refuse a module whose batch norm or dropout is in training mode.
+    """Refuse what is no model, and a module whose batch norm or dropout is in training mode.
 
     Raises:
-        RuntimeError: names the module.
+        TypeError: it cannot be called. RuntimeError: names the module.
 
     Example:
         >>> check_mode(nn.Dropout(0.5).eval())
     """
+    if not callable(model):
+        inside = ": give its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a module or another callable, got {type(model).__name__}{inside}")
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
@@ -148,5 +163,5 @@ def check_values(logits: Tensor | None, maps: list[Tensor]) -> None:
         if broken.any():
             raise FloatingPointError(
                 f"the map of image {int(broken.nonzero()[0])} is not finite: the model's values leave the range of "
-                "its type; use float32"
+                "its type (use float32), or a rule of your own gives such values"
             )

@@ -198,7 +198,8 @@ def bench(
 
     Given maps are of the network's class, by its index, in the pixels of its input, and named as tsgb explain names
     its own. The bundled scenes need nothing. A run that was killed goes on where it was when it is started again with
-    the same arguments. Exit status 1 if anything was left out or failed, which the results name; the rest stands.
+    the same arguments. Exit status 1 if anything asked for was left out or failed, which the results name;
+    the rest stands.
     """
     from . import bench as benches
 
@@ -218,7 +219,8 @@ def bench(
     for failure in found["failures"]:
         first = f"{failure['images'][0]}{' and others' if failure['count'] > 1 else ''}"
         typer.echo(benches.printable(f"tsgb: {failure['method']} failed on {first}: {failure['reason']}"), err=True)
-    if found["problems"] or found["failures"]:
+    named = {*(_words(methods) or ()), *(_words(metrics) or ())}  # what is left out by itself is no failure
+    if found["problems"] or found["failures"] or named & found["left_out"].keys():
         raise typer.Exit(1)
 
 

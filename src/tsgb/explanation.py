@@ -60,6 +60,7 @@ class Explanation:
         colormap: str = "jet",
         alpha: float = 0.5,
         scale: float | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> Image.Image:
         """Lay one map over its picture; of a series or a volume, over the input itself.
 
@@ -67,18 +68,21 @@ class Explanation:
         slices are shown side by side, see `tsgb.plots.montage`.
 
         Args:
-            picture: the picture that the input shows as a whole (a Pillow image or a file), of any size; None shows the
+            picture: the picture that the input was made of (a Pillow image or a file), of any size; None shows the
                 input itself, stretched to the range of its own values.
             image: index of the image, 0..N-1. ``target``: index of the target, 0..K-1.
             colormap: "jet", "viridis", or "bwr" for the signed map.
             alpha: opacity of the strongest evidence, 0..1.
             scale: the value that gets the full colour; None takes the map's 99th percentile.
+            preprocessing: what made the image of the picture, as ``network.preprocessing``, where that was not squashed
+                to the network's size but cropped or padded.
 
         Returns:
             RGB picture, of the size of ``picture``.
 
         Raises:
-            ValueError: the maps have no one to three dimensions, or a picture is given for a series or a volume.
+            ValueError: the maps have no one to three dimensions, a picture is given for a series or a volume, or a
+                preprocessing of another size or without a picture. IndexError: no such image or target.
 
         Example:
             >>> import torch, tsgb
@@ -88,22 +92,30 @@ class Explanation:
         """
         from . import plots, render
 
+        self._check_place(image, target)
         maps, images = (value[0] if isinstance(value, tuple) else value for value in (self.maps, self.images))
         if maps.dim() in (3, 5):
-            if picture is not None:
+            if picture is not None or preprocessing is not None:
                 raise ValueError(f"a picture can be given for maps (N, K, H, W) alone, got {tuple(maps.shape)}")
             draw = plots.series if maps.dim() == 3 else plots.montage
             shown = images[image].detach().float().cpu().numpy(), maps[image, target].cpu().numpy()
             return draw(*shown, colormap=colormap, alpha=alpha, scale=scale)
-        below = self._picture(image, picture)
-        return render.overlay(below, self._map(image, target, below.size), colormap=colormap, alpha=alpha, scale=scale)
+        below, map = self._picture(image, picture), self._map(image, target)
+        laid = self._way(preprocessing, picture is not None).restore(map, below.size)
+        return render.overlay(below, laid, colormap=colormap, alpha=alpha, scale=scale)
 
-    def save(self, folder: str | Path, pictures: Sequence[Image.Image | str | Path] | None = None) -> list[Path]:
+    def save(
+        self,
+        folder: str | Path,
+        pictures: Sequence[Image.Image | str | Path] | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> list[Path]:
         """Write every map as an overlay and as an array: ``<image>_<class>.png`` and ``.npy``.
 
         Args:
             folder: where to; made if missing. Files of the same name are replaced, each as a whole.
             pictures: one picture an image, as in `overlay`; their files' stems name the files, else the image's index.
+            preprocessing: as in `overlay`.
 
         Returns:
             The paths written.
@@ -132,7 +144,7 @@ class Explanation:
             for j in range(k):
                 label = str(int(self.targets[n, j])) if self.targets[n, j] >= 0 else "target"
                 png, npy = (Path(folder) / f"{stem}_{label}.{kind}" for kind in ("png", "npy"))
-                render.save(self.overlay(shown[n], n, j), png)
+                render.save(self.overlay(shown[n], n, j, preprocessing=preprocessing), png)
                 render.save_map(maps[n, j].cpu().numpy(), npy)
                 written += [png, npy]
         return written
@@ -218,30 +230,39 @@ class Explanation:
 
     def _ways(self, pictures: Any, preprocessing: Preprocessing | None) -> list[tuple[Preprocessing, tuple[int, int]]]:
         """For each image the preprocessing that leads back to its picture, and the picture's (width, height)."""
-        from .preprocessing import Preprocessing
-
-        height, width = self._drawable().shape[2:]
-        squash = Preprocessing(size=(height, width))
+        way = self._way(preprocessing, pictures is not None)
         if pictures is None:
-            if preprocessing is not None:
-                raise ValueError("preprocessing leads back to pictures; give pictures too, one an image")
-            return [(squash, (width, height))] * len(self.targets)
+            return [(way, way.size[::-1])] * len(self.targets)
         got = len(pictures) if isinstance(pictures, (list, tuple)) else type(pictures).__name__
         if got != len(self.targets):
             raise ValueError(f"pictures must be a list of one an image, {len(self.targets)}, got {got}")
-        way = preprocessing or squash
-        if way.size != squash.size:
-            raise ValueError(f"preprocessing must be of the maps' size {squash.size}, got {way.size}")
         return [(way, _size(picture)) for picture in pictures]
 
-    def _map(self, image: int, target: int, size: tuple[int, int] | None = None) -> Any:
-        """One map, in the network's pixels or laid over a picture of a size (width, height)."""
-        map = self._drawable()[image, target].cpu().numpy()
-        if size is None:
-            return map
+    def _way(self, preprocessing: Preprocessing | None, has_pictures: bool) -> Preprocessing:
+        """The preprocessing that leads from the maps back to pictures: as given, or squashed."""
         from .preprocessing import Preprocessing
 
-        return Preprocessing(size=map.shape).restore(map, size)
+        if preprocessing is not None and not has_pictures:
+            raise ValueError("preprocessing leads back to pictures; give pictures too, one an image")
+        height, width = self._drawable().shape[2:]
+        way = preprocessing or Preprocessing(size=(height, width))
+        if way.size != (height, width):
+            raise ValueError(f"preprocessing must be of the maps' size {(height, width)}, got {way.size}")
+        return way
+
+    def _check_place(self, image: int, target: int) -> None:
+        """Refuse the index of an image or a target that there is none of; targets are counted, not named by class."""
+        count, k = self.targets.shape
+        if not (-count <= image < count and -k <= target < k):
+            classes = self.targets[image].tolist() if -count <= image < count else self.targets.tolist()
+            raise IndexError(
+                f"image must be below {count} and target, which counts the classes asked for, {classes}, below {k}; "
+                f"got image={image}, target={target}"
+            )
+
+    def _map(self, image: int, target: int) -> Any:
+        """One map, in the network's pixels."""
+        return self._drawable()[image, target].cpu().numpy()
 
     def _drawable(self) -> Tensor:
         """The maps (N, K, H, W), of several inputs those of the first."""

@@ -75,7 +75,7 @@ def load(
     The preprocessing is that of the weights where it is known: the bundled networks', torchvision's for the weights it
     fetches, timm's for the network. Else it is a squash to 224 x 224 (299 x 299 for `inception_v3`, which is made for
     it), /255, ImageNet mean and std. The class names are ImageNet's for a torchvision or timm network of 1000 outputs,
-    also with weights from a file.
+    also with weights from a file. They are also ``model.names``, so that `explain` takes them for targets.
 
     Args:
         spec: `bundled`, `bundled-vgg`, the name of a torchvision classifier or segmentation network, `timm:NAME`, or
@@ -124,6 +124,8 @@ def load(
         digest = sha256(found.model.state_dict() if file is None else file)
     except Exception as error:  # a factory's lazy layers have no weights yet
         raise ModelError(f"the weights of {spec} cannot be read ({reason(error)})") from error
+    if found.names and not hasattr(found.model, "names"):
+        found.model.names = found.names  # type: ignore[assignment]  # so that `explain` takes them as targets
     return Network(found.model.eval(), preprocessing, found.names, spec, name, digest)
 
 

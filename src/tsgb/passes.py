@@ -296,8 +296,8 @@ def _called(
             raise LostError("the model writes on a view of what passed a rule") from error
         if "TorchScript interpreter" in str(error):
             raise CoverageError(
-                "the model runs a scripted module, whose operators do not pass through torch's functions: write it in "
-                "torch"
+                "the model runs a scripted module, whose operators do not pass through torch's functions: explain the "
+                "module before scripting"
             ) from error
         held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
         if held is not None and held.device != images[0].device:

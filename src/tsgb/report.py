@@ -52,8 +52,8 @@ def explain_files(
 
     For each picture and target ``<stem>_<class>.png`` (the overlay on the original picture) and ``.npy`` (the raw
     signed map in the network's pixels, float32); for several targets ``<stem>_sheet.png``; for all of them
-    ``record.json``, which is also written for what was done when the run is interrupted. If no picture can be explained
-    nothing is written.
+    ``record.json``, which is also written for what was done when the run is interrupted, and keeps what it has of other
+    maps in the folder. If no picture can be explained nothing is written.
 
     Args:
         network: what `tsgb.load` returns.
@@ -80,7 +80,9 @@ def explain_files(
     asked = [_asked(word, network.names) for word in wanted]
     stems = pictures.labels(paths)
     _check_inputs_stay(paths, stems, out)
-    earlier = _earlier(out)
+    kept = _earlier(out)
+    names = {entry[kind] for entry in kept for kind in ("overlay", "map")}
+    earlier = names | {f"{name.rsplit('_', 1)[0]}_sheet.png" for name in names}
     report, table = Report(), getattr(rules, METHODS[method])
     try:
         for path, stem in zip(paths, stems, strict=True):
@@ -103,9 +105,10 @@ def explain_files(
             done(1)
     finally:
         if report.entries:
-            render.save_text(
-                json.dumps({"entries": report.entries}, indent=1, allow_nan=False) + "\n", out / "record.json"
-            )
+            made = {entry["map"] for entry in report.entries}
+            entries = [entry for entry in kept if entry["map"] not in made] + report.entries
+            text = json.dumps({"entries": entries}, indent=1, allow_nan=False) + "\n"
+            render.save_text(text, out / "record.json")
             report.files.append(out / "record.json")
     return report
 
@@ -118,14 +121,13 @@ def _check_inputs_stay(paths: Sequence[Path], stems: Sequence[str], out: Path) -
             raise ValueError(f"{path} is one of the pictures to explain and could be replaced: choose another --out")
 
 
-def _earlier(out: Path) -> set[str]:
-    """Names of the files that the last run into this folder wrote."""
+def _earlier(out: Path) -> list[dict[str, Any]]:
+    """The entries of earlier runs into this folder whose files are still there."""
     try:
         entries = json.loads((out / "record.json").read_text())["entries"]
-        names = {entry[kind] for entry in entries for kind in ("overlay", "map")}
+        return [entry for entry in entries if all((out / entry[kind]).is_file() for kind in ("overlay", "map"))]
     except (OSError, ValueError, LookupError, TypeError):
-        return set()
-    return names | {f"{name.rsplit('_', 1)[0]}_sheet.png" for name in names}
+        return []
 
 
 def _asked(word: str, names: Sequence[str] | None) -> int | str:
@@ -215,6 +217,7 @@ def _write(
         overlay = render.overlay(picture, network.preprocessing.restore(map, picture.size))
         render.save(overlay, out / entry["overlay"])
         render.save_map(map, out / entry["map"])
+        entry["map_sha256"] = pictures.sha256(out / entry["map"])
         overlays.append((caption(entry), overlay))
     if len(entries) > 1:
         render.save(render.sheet(picture, overlays), out / names[-1])

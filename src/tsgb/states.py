@@ -107,7 +107,10 @@ def read(file: Path) -> State:
                 "take its state dict out once: whole = torch.load(FILE, weights_only=False); torch.save("
                 'whole.state_dict(), NEW), or whole["state_dict"] for a checkpoint'
             ) from error
-        raise ModelError(f"weights file {file} is damaged or of another kind ({type(error).__name__})") from error
+        raise ModelError(
+            f"weights file {file} is damaged or of another kind "
+            f"({type(error).__name__}): expected a state dict, by torch.save or as .safetensors"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

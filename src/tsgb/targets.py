@@ -109,7 +109,10 @@ def class_index(name: str, names: Sequence[str] | None) -> int:
         1
     """
     if not names:
-        raise TargetError(f"target {name!r} is a class name, but the model has no names: give the class index")
+        raise TargetError(
+            f"target {name!r} is a class name, but the model has no names: give the class index, or "
+            "set model.names, a list of them in the order of the classes"
+        )
     wanted = name.strip().casefold()
     hits = [index for index, known in enumerate(names) if known.casefold() == wanted]
     if len(hits) == 1:

@@ -77,15 +77,26 @@ class Ruling:
                     (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, single(grad))
             elif self.f is None:
                 output = {} if o is None else {"o": single(o)}
-                grad_x = self.rule(single(grad), single(x), *args, **output, **kwargs)
+                grad_x = self._checked(self.rule, self.rule(single(grad), single(x), *args, **output, **kwargs), x)
             else:
                 assert self.head_rule is not None
                 swapped = self._is_swapped(x)
                 grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
                 most = {"most": len(grad)} if self.is_single and _wants(self.head_rule, "most") else {}
                 grad_x = self.head_rule(single(grad), single(features), *args, f=self.f, **most, **kwargs)
+                grad_x = self._checked(self.head_rule, grad_x, features)
                 grad_x = grad_x.transpose(0, 1) if swapped else grad_x
         return of_type(grad_x, x.dtype)
+
+    def _checked(self, rule: Callable[..., Tensor], given: Any, x: Tensor) -> Tensor:
+        """What a rule gave, if it is a gradient of its input."""
+        if isinstance(given, Tensor) and given.shape == x.shape:
+            return given
+        got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"the rule {getattr(form(rule), '__name__', rule)!r} of {self.name} must return the gradient at its input, "
+            f"{tuple(x.shape)}, got {got}"
+        )
 
     def classes(self, grads: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
         """Apply `backward` to the gradients of several classes (K, *out)."""

@@ -18,7 +18,7 @@ _COLOURS = 4  # channels that guide each by itself; of more it is their mean, as
 
 
 def over_largest(maps: Tensor) -> Tensor:
-    """Divide maps (K, N, *) by their largest value; what is positive nowhere is nothing.
+    """Divide maps (K, N, *) by their largest value; what is positive nowhere is nothing, but NaN stays NaN.
 
     Example:
         >>> over_largest(torch.tensor([[[1.0, 4.0]], [[-1.0, 0.0]]]))
@@ -27,7 +27,7 @@ def over_largest(maps: Tensor) -> Tensor:
                 [[0.0000, 0.0000]]])
     """
     largest = maps.flatten(2).amax(2).reshape(*maps.shape[:2], *(1 for _ in maps.shape[2:]))
-    return torch.where(largest > 0, maps / largest.clamp(min=_TINY), 0)
+    return torch.where(largest <= 0, 0, maps / largest.clamp(min=_TINY))
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
