@@ -7,7 +7,9 @@
 torch.Size([1, 2, 128, 128])
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from . import rules
 from .attribution import TSGB, explain
@@ -19,3 +21,11 @@ from .targets import TargetError
 
 __all__ = ["TSGB", "CoverageError", "Explanation", "TargetError", "compile", "explain", "load", "rules"]
 __version__ = version("tsgb")
+
+_LATER = ("bench", "data", "methods", "metrics", "pictures", "regions", "render", "scenes")  # imported when first asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
