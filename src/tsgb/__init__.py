@@ -22,7 +22,16 @@ from .targets import TargetError
 __all__ = ["TSGB", "CoverageError", "Explanation", "TargetError", "compile", "explain", "load", "rules"]
 __version__ = version("tsgb")
 
-_LATER = ("bench", "data", "methods", "metrics", "pictures", "regions", "render", "scenes")  # imported when first asked for
+_LATER = (
+    "bench",
+    "data",
+    "methods",
+    "metrics",
+    "pictures",
+    "regions",
+    "render",
+    "scenes",
+)  # imported when first asked for
 
 
 def __getattr__(name: str) -> Any:

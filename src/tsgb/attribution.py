@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, passes, targets
 from . import rules as rule_tables
-from .backprop import CoverageError, FoldedError, LostError
+from .backprop import CoverageError, LostError
 from .drawing import NOTHING
 from .explanation import Explanation
 from .passes import Facts, Pass, Request
@@ -218,7 +218,10 @@ def hands_on(run: Callable[[bool], _T]) -> _T:
     except (LostError, RuntimeError) as error:
         if not isinstance(error, LostError) and "modified inplace" not in str(error):
             raise
-    return run(False)
+    try:
+        return run(False)
+    except LostError as error:
+        raise CoverageError(f"{error}, which no gradient passes") from error
 
 
 def lacks_zeros(has_shifts: bool, inputs: tuple[Tensor, ...]) -> bool:
@@ -262,16 +265,16 @@ def _parts(request: Request, inputs: tuple[Tensor, ...], target: Target, batch_s
 
 
 def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> tuple[Pass, Facts]:
-    done = passes.forward(request, inputs, target, handing)
-    if lacks_zeros(done.run.has_shifts, inputs):
-        # A number in their place carries it.
-        other = passes.forward(replace(request, whole=True), tuple(map(filled, inputs)), target, handing)
-        if are_same(done.logits, other.logits):
-            done = other
-    try:
+    def both(request: Request) -> tuple[Pass, Facts]:
+        done = passes.forward(request, inputs, target, handing)
+        if lacks_zeros(done.run.has_shifts, inputs):
+            # A number in their place carries it.
+            other = passes.forward(replace(request, whole=True), tuple(map(filled, inputs)), target, handing)
+            if are_same(done.logits, other.logits):
+                done = other
         return passes.backward(request, target, done)
-    except FoldedError:
-        return _passed(passes.unfolded(request), inputs, target, handing)
+
+    return passes.refolded(both, request)
 
 
 def _why_empty(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], whole: bool) -> list[list[str | None]]:

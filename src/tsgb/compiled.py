@@ -212,9 +212,12 @@ def _passed(
     request: Request, is_filled: bool, inputs: tuple[Tensor, ...], target: Target, handing: bool
 ) -> tuple[Pass, Facts]:
     """Run both passes; where zeros are filled, each value's relevance is asked for, to tell which is a trace."""
+
+    def both(request: Request) -> tuple[Pass, Facts]:
+        return passes.backward(request, target, passes.forward(request, inputs, target, handing))
+
     with torch.inference_mode(False), torch.enable_grad():
-        forward = passes.forward(replace(request, whole=request.whole or is_filled), inputs, target, handing)
-        return passes.backward(request, target, forward)
+        return passes.refolded(both, replace(request, whole=request.whole or is_filled))
 
 
 def _are_close(one: Pass, other: Pass) -> bool:

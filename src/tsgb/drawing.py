@@ -54,14 +54,14 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
     if reading.evidence is None:
         return None
     size = image.shape[2:]
-    coarse = [field for field in reading.fields if field.dim() == image.dim()]
+    coarse = [field for field in reading.fields if field.dim() == image.dim() and field.shape[1] == len(image)]
     speaks_for, against = reading.evidence
     if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
         return None
     flat = (1,) * len(size)
     sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
     sizes = [field.shape[2:] for field in coarse]
-    held = [_on_grid(rules.claims(rows, gate), sizes) for rows, gate in reading.contests]
+    held = [_on_grid(rules.claims(rows, gate, **reading.options), sizes) for rows, gate in reading.contests]
     claims = [both for both in held if both is not None]
     found = sign * rule([field * sign for field in coarse], image, claims)
     positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)

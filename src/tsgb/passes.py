@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ from .backprop import (
 from .explanation import Row
 from .targets import Target
 
-__all__ = ["Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor", "unfolded"]
+__all__ = ["Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor", "refolded"]
 
 #: Models whose batch norm is not folded, as it had been in vain; nothing but time depends on it.
 _UNFOLDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_T = TypeVar("_T")
 _LOCK, _STANCE, _running = threading.Lock(), ExitStack(), 0  # threads in which compiled code runs as it was written
 _RIVALS = 20  # classes of the highest logits, which those asked for may have to compete with
 _AT_ONCE = 2**26  # values of images times classes that go backward together
@@ -99,24 +101,24 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handin
     Args:
         target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
     """
+    return refolded(partial(_forward, inputs, target, handing), request)
+
+
+def refolded(run: Callable[[Request], _T], request: Request) -> _T:
+    """Run with batch norm folded where it may be; where that was in vain again without, which is remembered."""
+    try:
+        return run(request)
+    except FoldedError:
+        if isinstance(request.model, nn.Module):
+            _UNFOLDED.add(request.model)
+        return run(replace(request, folds=False))
+
+
+def _forward(inputs: tuple[Tensor, ...], target: Target, handing: bool, request: Request) -> Forward:
     module = request.model if isinstance(request.model, nn.Module) else None  # what else is called may have no hash
     pools = None
     if request.folds and (module is None or module not in _UNFOLDED):
         pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
-    try:
-        return _forward(request, inputs, target, handing, pools)
-    except FoldedError:  # it calls max pooling as a function
-        return forward(unfolded(request), inputs, target, handing)
-
-
-def unfolded(request: Request) -> Request:
-    """The same, with no batch norm folded, which is remembered of the model."""
-    if isinstance(request.model, nn.Module):
-        _UNFOLDED.add(request.model)
-    return replace(request, folds=False)
-
-
-def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool, pools: int | None) -> Forward:
     leaves = tuple(_leaf(x) for x in inputs)
     with recording(request.table, request.f, handing, pools) as run:
         images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
@@ -138,7 +140,7 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
 
     Raises:
         TargetError: a class that the model does not have. CoverageError: the head cannot be told.
-        FoldedError: batch norm was folded into the head; see `unfolded`.
+        FoldedError: batch norm was folded where it must not be, see `refolded`.
     """
     run, leaves, count = done.run, done.leaves, len(done.leaves[0])
     if done.scores is not None:

@@ -62,6 +62,7 @@ class Handing(ABC):
     is_positive = False  # whether no value of the output is below 0, where that is known
     has_zeros = True  # whether values of the output may be 0 and yet not tell that nothing arrives there
     is_last = False  # whether the channels of the output stand last
+    readers = 0  # calls that took the output so far
     reading: Reading | None = None  # what notes the relevance that a convolution shares
 
     @abstractmethod

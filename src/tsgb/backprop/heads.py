@@ -84,7 +84,10 @@ class Heads:
     def read_by(self, reading: Reading) -> list[Node]:
         """Let a reading note what the convolutions below share; give the nodes where the classes compete, if any."""
         found = tops(self._nodes)
-        for node in self._below if found else ():
+        below = {node for top in found for node in graph.walk(top)}  # what is above them goes backward for all rows
+        for node in self._below:
+            if node not in below:
+                continue
             ruling = graph.ruling_of(node)
             if ruling is not None and ruling.is_whole and ruling.f is None:  # and is no head
                 ruling.reading = reading

@@ -32,11 +32,10 @@ class Sum(Handing):
         b: Tensor,
         o: Tensor,
         below: tuple[Takes, Takes],
-        has_zeros: bool,
         keep: Callable[[Tensor], Cell],
         is_last: bool = False,
     ) -> None:
-        self._below, self.has_zeros, self.is_last = below, has_zeros, is_last
+        self._below, self.is_last = below, is_last
         b, o = (b.movedim(-1, 1), o.movedim(-1, 1)) if is_last else (b, o)
         self._b: Cell | None = keep(b)
         self.o: Cell | None = keep(o)

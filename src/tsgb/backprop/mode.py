@@ -29,7 +29,7 @@ from .nodes import SLOT, Handed, Job, Ruled, Ruling, form
 from .operators import Call, mapped
 from .relevance import LostError
 from .saved import Kept, separate
-from .starts import start
+from .starts import producer, start
 
 # What a tensor tells without being read, of which no more need be known.
 _FACTS = UNREAD - {"requires_grad"}
@@ -77,6 +77,7 @@ class Backprop(TorchFunctionMode):
         self._f = table[rules.F] if f is None else f
         self._is_reading = rules.RIVALS in table or rules.MAP in table
         self.coverage = Coverage()
+        self._first: int | None = None  # the sequence number of the first image's node
         self.has_shifts = False  # whether a constant was added to what comes from the image
         self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
 
@@ -89,12 +90,16 @@ class Backprop(TorchFunctionMode):
         """
         with torch._C.DisableTorchFunction():
             if not self._is_handing:
-                return leaf.clone(memory_format=form)
+                return self._entered(leaf.clone(memory_format=form))
             ruling = Ruling("image", (), {}, torch.clone, rules.ORDINARY)  # type: ignore[arg-type]
             takes = CHANNELS if whole or leaf.dim() < 3 else SUMS
             copy = partial(leaf.detach().clone, memory_format=form)
-            image: Tensor = Handed.apply(Job(ruling, copy, lambda _: Image(takes), False), leaf)  # type: ignore[no-untyped-call]
-            return image
+            return self._entered(Handed.apply(Job(ruling, copy, lambda _: Image(takes), False), leaf))  # type: ignore[no-untyped-call]
+
+    def _entered(self, image: Tensor) -> Tensor:
+        if self._first is None:
+            self._first = image.grad_fn._sequence_nr()  # type: ignore[union-attr]
+        return image
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -113,13 +118,18 @@ class Backprop(TorchFunctionMode):
         seen: list[Tensor] = []
 
         def constant(tensor: Tensor) -> Tensor:
-            seen.append(_constant(tensor))
+            seen.append(self._from_image(tensor))
             return seen[-1]
 
         args, kwargs = mapped(constant, args), mapped(constant, kwargs) if kwargs else kwargs
         if self._kept.waiting and name not in UNREAD and name not in LATE:
             self._kept.settle(seen)
-        depending = sum([t.requires_grad for t in seen])
+        depending = 0
+        for tensor in seen:
+            if tensor.requires_grad:
+                depending += 1
+                if (handing := producer(tensor)) is not None:
+                    handing.readers += 1
         if not depending or not torch.is_grad_enabled():
             if self._kept.waiting:
                 self._kept.settle(seen)
@@ -132,6 +142,15 @@ class Backprop(TorchFunctionMode):
             with torch.autocast(call.args[0].device.type, enabled=False):
                 return self._ran(func, args, kwargs, call, met)
         return self._ran(func, args, kwargs, call, met)
+
+    def _from_image(self, tensor: Tensor) -> Tensor:
+        """A tensor, so that requiring grad means: depends on the image; weights do not, nor what was made of them."""
+        if tensor.is_inference():
+            return tensor.clone()
+        if not tensor.requires_grad:
+            return tensor
+        is_older = tensor.is_leaf or tensor.grad_fn._sequence_nr() < (self._first or 0)  # type: ignore[union-attr]
+        return tensor.detach() if is_older else tensor
 
     def _is_fine(self, call: Call, met: tuple[Ruling, Call] | None) -> bool:
         """Tell whether a convolution is to run in float32 under autocast: the first few.
@@ -308,7 +327,9 @@ class Backprop(TorchFunctionMode):
                 node for root in made for node in graph.walk(root, stop=lambda n: n in before or graph.is_known(n))
             )
             nodes = dict.fromkeys(node for node in within if node not in before and not graph.is_known(node))
-        nodes.update(dict.fromkeys(made))
+            nodes.update(dict.fromkeys(node for node in made if node not in before))  # else it handed its operand on
+        else:
+            nodes = dict.fromkeys(made)
         if made or call.inplace is not None:
             self.coverage.unruled[call.name, rules.ORDINARY if known else None] += 1
         if made and not known:
@@ -380,13 +401,6 @@ def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Ten
 
     args, kwargs = mapped(taken, call.args[1:]), mapped(taken, call.kwargs) if call.kwargs else call.kwargs
     return Ruling(call.name, args, kwargs, function, rule, others=others, **roles)
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    """What does not come from the image does not require grad, so that requiring grad means: depends on the image."""
-    if tensor.is_inference():
-        return tensor.clone()
-    return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
 
 
 def _held(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from . import graph
+from .folding import FoldedError
 from .relevance import Dense, Gradient, LostError, Part, Product, Relevance, Summed, single, summed
 
 __all__ = ["Reading", "tops"]
@@ -31,18 +32,22 @@ class Reading:
         asked: K. ``rivals``: R. ``count``: N.
 
     Attributes:
+        options: what the table gives its rule of a likeness and a temperature.
         fields: what each convolution shares, one number a position: (K, N, *positions).
         contests: of each place where the classes compete the evidence of those asked for and their possible rivals,
             (K + R, N, *positions), and the gate (K, N, *positions).
         evidence: (2, K, N), the evidence for each class that passed the gates, and that against it, each summed over
-            the positions; None where there is no top.
+            the positions; None where there is no top, or where it holds other images than those that came.
     """
 
     def __init__(self, rivalry: Rivalry | None, asked: int, rivals: int, count: int) -> None:
         self._rivalry, self._asked, self._rivals, self._count = rivalry, asked, rivals, count
+        known: dict[str, float] = getattr(rivalry, "keywords", {})
+        self.options = {name: known[name] for name in ("alike", "temperature") if name in known}
         self.fields: list[Tensor] = []
         self.contests: list[tuple[Tensor, Tensor]] = []
         self.evidence: Tensor | None = None
+        self._is_apart = False  # whether the classes compete in other images than those that came
         self._heard: dict[tuple[Node, int], list[Tensor]] | None = None
         self._gates: dict[tuple[Node, int], Tensor] = {}
 
@@ -73,6 +78,9 @@ class Reading:
         self.fields.clear()  # a convolution that is a top itself has noted all rows
 
     def _met(self, node: Node, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        ruling = graph.ruling_of(node)
+        if ruling is not None and ruling.passing is not None and len(grads) - sum(grad is None for grad in grads) > 1:
+            raise FoldedError  # of the two outputs the classes would compete in each by itself
         given = [None if grad is None else self._weighed((node, nr), grad) for nr, grad in enumerate(grads)]
         return tuple(given)
 
@@ -108,7 +116,12 @@ class Reading:
             self.contests.append((rows, gate))
         weighed = (own * gate).flatten(2)
         passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
-        self.evidence = passed if self.evidence is None else self.evidence + passed
+        if passed.shape[2] != self._count:  # of parts or copies of the images, one after the other
+            self._is_apart = True
+        elif not self._is_apart:
+            self.evidence = passed if self.evidence is None else self.evidence + passed
+        if self._is_apart:
+            self.evidence = None
         return gate
 
     def _is_swapped(self, rows: Tensor) -> bool:

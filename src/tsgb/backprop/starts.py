@@ -141,6 +141,8 @@ def _convolution(
 
 
 def _holds_zero(weight: Tensor) -> bool:
+    if not weight.is_floating_point():
+        return not bool(weight.all())
     return weight.numel() > 0 and not bool(weight.abs().amin())  # half the time of a count of the zeros
 
 
@@ -173,7 +175,9 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
     if form is rules.activation:
         if not _is_zero_at_zero(function, x, call):
             return None
-        spared = before.o if isinstance(before, Sum) and function is rules.RELUS[0] else None
+        # Nothing arrives where a rectifier sets the sum to 0, if no other call reads the sum.
+        is_only = before.readers == 1 and function is rules.RELUS[0]
+        spared = before.o if is_only and isinstance(before, Sum) else None
         passing = Passing(before.takes, is_positive, True, before.is_last)
         return Start((x,), lambda _: passing, is_kinked=function in rules.KINKED, spared=spared)
     if call.name != "batch_norm" and any(_widens(x, other) for other in call.args[1:2]):
@@ -228,7 +232,7 @@ def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> 
     rest = call.args[1:], tuple(call.kwargs.items())
     if operators.tensors(rest):
         with untraced():
-            return not function(x.new_zeros(1), *call.args[1:], **call.kwargs).any()
+            return not function(torch.zeros_like(x[:1]), *call.args[1:], **call.kwargs).any()
     return _keeps_zero(function, *rest)
 
 
@@ -255,8 +259,7 @@ def _sum(call: Call, keep: Keep) -> Start | None:
     if before[1].is_last != is_last:
         return None
     below = before[0].takes, before[1].takes
-    has_zeros = before[0].has_zeros and before[1].has_zeros
-    return Start((a, b), lambda o: Sum(b, o, below, has_zeros, keep, is_last))
+    return Start((a, b), lambda o: Sum(b, o, below, keep, is_last))
 
 
 def _concatenation(call: Call, keep: Keep) -> Start | None:
@@ -308,7 +311,7 @@ def _max_pool(
         return None
     below, is_positive = before.takes, before.is_positive
     steps = stride if stride is not None and stride != [] else kernel_size
-    pairs = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, steps, padding, dilation)]
+    pairs = [_pair(n) for n in (kernel_size, steps, padding, dilation)]
     places: list[Tensor] = []
 
     def run() -> Tensor:
@@ -333,10 +336,15 @@ def _average_pool(
     if x.dim() != 4 or _taken(x) == GRADIENT:
         return None
     steps = kernel_size if stride is None or stride == [] else stride
-    pairs = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, steps, padding)]
+    pairs = [_pair(n) for n in (kernel_size, steps, padding)]
     arguments = (*pairs, ceil_mode, count_include_pad, divisor_override)
     below = _taken(x)
     return Start((x,), lambda o: AveragePool(x, o, arguments, below, keep))
+
+
+def _pair(value: Any) -> list[int]:
+    given = [value] if isinstance(value, int) else list(value)
+    return given * 2 if len(given) == 1 else given
 
 
 _ORDINARY: dict[str, Callable[[Call, Keep], Start | None]] = {
