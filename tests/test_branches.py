@@ -1,0 +1,207 @@
+"""Values that are read more than once, on more than one way, or in other images: both forms of the rules agree."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import tsgb
+from test_handing import relative
+from tsgb import rules
+from tsgb.rules import maps as rule_maps
+
+TABLES = (rules.DEFAULT, rules.PIXELS, rules.PAPER)
+
+
+class Branched(nn.Module):
+    """Three convolutions, and what happens between them and the head."""
+
+    def __init__(self, how, levels=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 6, 3, 2, 1, bias=False),
+            nn.Conv2d(6, 6, 3, 1, 1),
+            nn.Conv2d(6, 6, 3, 1, 1),
+        )
+        self.norm, self.bend = nn.BatchNorm2d(6), nn.PReLU(6)
+        self.norm.running_mean.normal_()
+        self.head = nn.Linear(6 * levels, 5)
+        self.eval()
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+def mean(x):
+    return x.mean((2, 3))
+
+
+def sum_read_before(net, x):
+    x = functional.relu(net.a(x))
+    y = net.b(x) + x
+    side = net.c(y)
+    return net.head(mean(net.c(functional.relu(y, inplace=True)) + side))
+
+
+def sum_scaled_before(net, x):
+    x = functional.relu(net.a(x))
+    y = net.b(x) + x
+    side = y * 0.5
+    return net.head(mean(net.c(y.relu_()) + side))
+
+
+def rounded(x):
+    return x + (torch.round(x * 8) / 8 - x).detach()
+
+
+def sums_of_exactly_0(net, x):
+    x = rounded(net.a(x))
+    y = x + rounded(net.b(functional.relu(x)))
+    return net.head(mean(net.c(functional.relu(net.norm(y)))))
+
+
+def channels_bent(net, x):
+    return net.head(mean(net.b(net.bend(net.a(x)))))
+
+
+def masked(net, x):
+    x = functional.relu(net.a(x))
+    return net.head(mean(net.b(x * (x > 0.1))))
+
+
+def pooled(net, x):
+    return net.head(mean(net.b(functional.max_pool2d(functional.relu(net.a(x)), (2,), (2,)))))
+
+
+def raw_and_normed(net, x):
+    raw = net.a(x)
+    return net.head(torch.cat([mean(raw), mean(functional.relu(net.norm(raw)))], 1))
+
+
+def two_levels(net, x):
+    y = functional.relu(net.b(functional.relu(net.a(x))))
+    return net.head(torch.cat([mean(y), mean(functional.relu(net.c(y)))], 1))
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("target", [1, [[0, 1], [2, 3]]])
+@pytest.mark.parametrize(
+    ("how", "levels"),
+    [
+        (sum_read_before, 1),
+        (sum_scaled_before, 1),
+        (sums_of_exactly_0, 1),
+        (channels_bent, 1),
+        (masked, 1),
+        (pooled, 1),
+        (raw_and_normed, 2),
+        (two_levels, 2),
+    ],
+)
+def test_both_forms_give_one_map(how, levels, target, table):
+    net, images = Branched(how, levels), torch.rand(2, 3, 16, 16)
+    found = tsgb.explain(net, images, target, rules=table)
+    plainly = tsgb.explain(net, images, target, rules=rules.plain(table))
+    assert found.coverage == plainly.coverage
+    assert relative(found.maps, plainly.maps) < 2e-4
+
+
+def test_in_half_precision_sums_are_exactly_0_by_themselves():
+    def forward(net, x):
+        x = net.a(x)
+        return net.head(mean(net.c(functional.relu(net.norm(x + net.b(functional.relu(x)))))))
+
+    net, images = Branched(forward).bfloat16(), torch.rand(2, 3, 32, 32).bfloat16()
+    found = tsgb.explain(net, images, 1, rules=rules.PIXELS)
+    assert relative(found.maps, tsgb.explain(net, images, 1, rules=rules.plain(rules.PIXELS)).maps) < 0.05
+
+
+def flipped(net, x):
+    y = net.head(mean(functional.relu(net.b(functional.relu(net.a(torch.cat([x, x.flip(3)])))))))
+    return sum(y.chunk(2))
+
+
+def flipped_within(net, x):
+    x = functional.relu(net.a(x))
+    return sum(net.head(mean(functional.relu(net.b(torch.cat([x, x.flip(3)]))))).chunk(2))
+
+
+@pytest.mark.parametrize("how", [flipped, flipped_within])
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_that_the_model_copies_have_the_map_of_the_pixels(how, count):
+    """Where evidence and fields are of other images than those that came, they make no map of these."""
+    net, images = Branched(how), torch.rand(count, 3, 16, 16)
+    found = tsgb.explain(net, images, [[0, 1]] * count)
+    assert found.maps.shape == (count, 2, 16, 16)
+    without = {role: rule for role, rule in rules.DEFAULT.items() if role != rules.MAP}
+    assert relative(found.maps, tsgb.explain(net, images, [[0, 1]] * count, rules=without).maps) < 1e-5
+
+
+def test_several_levels_at_the_head_have_a_map_of_all_depths():
+    net, images = Branched(two_levels, 2), torch.rand(1, 3, 16, 16)
+    without = {role: rule for role, rule in rules.DEFAULT.items() if role != rules.MAP}
+    assert relative(tsgb.explain(net, images, 1).maps, tsgb.explain(net, images, 1, rules=without).maps) > 0.1
+
+
+def test_a_call_that_hands_its_operand_on_hides_nothing():
+    def forward(net, x):
+        return net.head(mean(net.b(functional.dropout(torch.sin(net.a(x)), 0.5, net.training))))
+
+    images = torch.rand(1, 3, 16, 16)
+    assert ("sin", None, 1) in tsgb.explain(Branched(forward), images, 1).coverage
+    with pytest.raises(tsgb.CoverageError, match="no rule for sin"):
+        tsgb.explain(Branched(forward), images, 1, strict=True)
+
+    def gated(net, x, same=lambda gate: gate):
+        x = net.a(x)
+        return net.head(mean(net.b(x * same(torch.sigmoid(mean(x))[:, :, None, None]))))
+
+    plain = tsgb.explain(Branched(gated), images, 1)
+    for same in (torch.Tensor.float, lambda gate: functional.dropout(gate, 0.5, False)):
+        found = tsgb.explain(Branched(partial(gated, same=same)), images, 1)
+        assert torch.equal(found.maps, plain.maps)
+
+
+def test_what_was_made_of_weights_before_is_constant():
+    def forward(net, x):
+        return net.head(mean(net.b(functional.relu(net.a(x)) + net.cached)))
+
+    net, images = Branched(forward), torch.rand(1, 3, 16, 16)
+    net.cached = torch.full((1, 6, 1, 1), 0.1)
+    expected = tsgb.explain(net, images, 1)
+    net.cached = nn.Parameter(net.cached) * 1
+    found = tsgb.explain(net, images, 1)
+    assert torch.equal(found.maps, expected.maps)
+    assert found.coverage == expected.coverage
+
+
+def test_where_the_head_is_folded_a_model_is_compiled_too():
+    def forward(net, x):
+        return mean(functional.relu(net.norm(net.b(functional.relu(net.a(x))))))
+
+    net, images = Branched(forward), torch.rand(1, 3, 16, 16)
+    net.b = nn.Conv2d(6, 6, 3, bias=False)
+    found = tsgb.compile(net, images, backend="eager")(images)  # of the class that the last rectifier lets pass
+    assert relative(found.maps, tsgb.explain(net, images).maps) < 1e-4
+
+
+def test_claims_have_the_likeness_and_temperature_of_the_table(monkeypatch):
+    given, claims = [], rule_maps.claims
+    monkeypatch.setattr(rules, "claims", lambda *args, **options: given.append(options) or claims(*args, **options))
+    table = {**rules.DEFAULT, rules.RIVALS: partial(rules.rivalry, temperature=1.0, alike=0.8, floor=0.1)}
+    tsgb.explain(Branched(two_levels, 2), torch.rand(1, 3, 16, 16), 1, rules=table)
+    assert given == [{"alike": 0.8, "temperature": 1.0}]
+
+
+def test_what_no_form_can_follow_is_an_error_of_ones_own():
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(True), nn.Conv2d(6, 6, 3), nn.ReLU(True), nn.Flatten(), nn.Linear(864, 5)
+    )
+    for module in net:
+        module.register_full_backward_hook(lambda module, given, got: None)
+    with pytest.raises(tsgb.CoverageError, match="the model writes on a view of what passed a rule"):
+        tsgb.explain(net.eval(), torch.rand(1, 3, 16, 16), 1)
