@@ -214,10 +214,11 @@ def _passed(
     """Run both passes; where zeros are filled, each value's relevance is asked for, to tell which is a trace."""
 
     def both(request: Request) -> tuple[Pass, Facts]:
-        return passes.backward(request, target, passes.forward(request, inputs, target, handing))
+        whole = replace(request, whole=request.whole or is_filled)
+        return passes.backward(request, target, passes.forward(whole, inputs, target, handing))
 
     with torch.inference_mode(False), torch.enable_grad():
-        return passes.refolded(both, replace(request, whole=request.whole or is_filled))
+        return passes.refolded(both, request)
 
 
 def _are_close(one: Pass, other: Pass) -> bool:
