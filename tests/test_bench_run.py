@@ -360,3 +360,20 @@ def test_the_help_names_every_method_and_metric():
     assert code == 0
     words = set(printed.replace(",", " ").replace(".", " ").split())
     assert {*methods.METHODS, *bench.protocol.METRICS} <= words
+
+
+def test_what_was_asked_for_and_could_not_be_judged_is_a_failure(tmp_path):
+    arguments = [
+        "-m",
+        "tsgb",
+        "bench",
+        "--limit",
+        "2",
+        "--methods",
+        "center",
+        "--out",
+        str(tmp_path / "b"),
+        "--metrics",
+    ]
+    code, _, told = finished([*arguments, "pointing,grid_ap"])
+    assert (code, "tsgb: grid_ap is left out: too few pictures" in told) == (1, True)

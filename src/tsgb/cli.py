@@ -219,8 +219,11 @@ def bench(
     for failure in found["failures"]:
         first = f"{failure['images'][0]}{' and others' if failure['count'] > 1 else ''}"
         typer.echo(benches.printable(f"tsgb: {failure['method']} failed on {first}: {failure['reason']}"), err=True)
-    named = {*(_words(methods) or ()), *(_words(metrics) or ())}  # what is left out by itself is no failure
-    if found["problems"] or found["failures"] or named & found["left_out"].keys():
+    gone = found["left_out"]
+    missed = [name for name in (*(_words(methods) or ()), *(_words(metrics) or ())) if name in gone]
+    for name in missed:  # what is left out by itself is no failure
+        typer.echo(benches.printable(f"tsgb: {name} is left out: {gone[name]}"), err=True)
+    if found["problems"] or found["failures"] or missed:
         raise typer.Exit(1)
 
 
