@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .backprop import Product, Reading, Relevance, Summed, dense, summed
+from .backprop import Owed, Product, Reading, Relevance, Summed, dense, summed
 
 __all__ = ["NOTHING", "all_depths", "relevance", "where"]
 
@@ -32,7 +32,7 @@ def relevance(leaf: Tensor, grad: Tensor | None, count: int, whole: bool) -> Ten
         values = torch.zeros_like(image, dtype=dtype).expand(count, *image.shape)
     elif not isinstance(grad, Relevance):
         values = image.to(dtype) * grad[None].to(dtype)
-    elif any(isinstance(part, Summed) or (isinstance(part, Product) and part.base is None) for part in grad.parts):
+    elif any(isinstance(p, (Summed, Owed)) or (isinstance(p, Product) and p.base is None) for p in grad.parts):
         return summed(grad.parts).squeeze(2)
     else:
         values = dense(grad.parts)

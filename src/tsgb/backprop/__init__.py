@@ -1,8 +1,8 @@
 """The mechanism: one forward and one backward of any model under a table of rules.
 
 `mode` sees the model's calls and puts `nodes` into autograd's graph. They run rules in their plain form (`tsgb.rules`),
-gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing`, `joining` and `windows` how.
-`folding` runs convolution and batch norm as one. `heads` finds in autograd's `graph` where the target comes from,
+gradient in and gradient out, or hand `relevance` on: `starts` says which can, `handing`, `pooling`, `joining` and
+`windows` how. `folding` runs convolution and batch norm as one. `heads` finds in autograd's `graph` where the target comes from,
 `reading` notes on the way what makes a map of all depths, `coverage` counts what met a rule, `scope` says what is
 refused. `operators` reads how torch spells its operators, `saved` keeps what backward needs from in-place calls.
 """
@@ -13,7 +13,7 @@ from .graph import is_all_of
 from .heads import Heads
 from .mode import Backprop, recording
 from .reading import Reading
-from .relevance import Gradient, LostError, Product, Relevance, Summed, dense, summed
+from .relevance import Gradient, LostError, Owed, Product, Relevance, Summed, dense, summed
 
 __all__ = [
     "Backprop",
@@ -22,6 +22,7 @@ __all__ = [
     "Gradient",
     "Heads",
     "LostError",
+    "Owed",
     "Product",
     "Reading",
     "Relevance",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,18 +28,17 @@ if TYPE_CHECKING:
 __all__ = [
     "CHANNELS",
     "GRADIENT",
+    "MANY",
     "SUMS",
     "TINY",
-    "AveragePool",
     "Convolution",
     "Handing",
     "Image",
     "Masked",
-    "MaxPool",
-    "Mean",
     "Passing",
     "Takes",
     "classes_of",
+    "fields_of",
     "in_pieces",
     "rows_of",
 ]
@@ -51,7 +50,7 @@ SUMS: Takes = "sums"
 
 _PIECE = 2**20  # values of a tensor that is worked on in one piece
 TINY = 1e-30  # makes 0 / 0 a zero, and changes no other number
-_MANY = 3  # classes from which on what they share is worked out once and not for each
+MANY = 3  # classes from which on what they share is worked out once and not for each
 
 
 class Handing(ABC):
@@ -204,7 +203,7 @@ class Convolution(Handing):
         sizes = self._sizes()
         size = _grouped(sizes, self._fields, 1)
         if self.below == SUMS:
-            at_once = _fields(parts) is not None and (is_traced() or classes_of(parts) >= _MANY)
+            at_once = fields_of(parts) is not None and (is_traced() or classes_of(parts) >= MANY)
             sums = self._sums_at_once if at_once else self._sums
             pieces = in_pieces(len(size), size[0].numel())
             return Summed(torch.cat([sums(rows_of(parts, rows), size[rows]) for rows in pieces], 1))
@@ -217,7 +216,7 @@ class Convolution(Handing):
     def _sums(self, parts: Sequence[Part], size: Tensor) -> Tensor:
         """The sums over channels below, of some images."""
         n = self._windows.sums(size, EPS)
-        fields = _fields(parts) if len(parts) == classes_of(parts) == 1 else None
+        fields = fields_of(parts) if len(parts) == classes_of(parts) == 1 else None
         if fields is None:
             shared = _grouped(dense(parts), self._fields, 2).div_(n)
         else:  # the same in the place of n
@@ -230,7 +229,7 @@ class Convolution(Handing):
         n = self._windows.sums(size, EPS)
         found = [
             self._windows.spread_products(factor, _grouped(base, self._fields, 1) / n, size)
-            for factor, base in _fields(parts) or ()
+            for factor, base in fields_of(parts) or ()
         ]
         return torch.stack(found).sum(0)
 
@@ -244,131 +243,12 @@ class Convolution(Handing):
         return x if self._is_positive else x.abs()
 
 
-class Mean(Handing):
-    """The mean over all positions: its gradient is a weight of each channel, ``R = grad / positions * x``.
-
-    Args:
-        x: (N, C, *), the input, whose producer takes relevance. ``keep``: makes a cell of it.
-    """
-
-    takes = GRADIENT
-
-    def __init__(self, x: Tensor, keep: Callable[[Tensor], Cell]) -> None:
-        self._x: Cell | None = keep(x)
-
-    def forget(self) -> None:
-        """Let go of the input."""
-        self._x = None
-
-    def hand(self, parts: list[Part]) -> list[list[Part]]:
-        """Give each channel its weight."""
-        if self._x is None:
-            raise LostError("the input of a mean was let go")
-        x = single(self._x.tensor)
-        given: list[Part] = []
-        for part in parts:
-            assert isinstance(part, Gradient)
-            weights = part.values.reshape(*part.values.shape[:3], *(1 for _ in x.shape[2:])) / x[0, 0].numel()
-            given.append(Product(weights, None, x))
-        return [given]
-
-
-class AveragePool(Handing):
-    """Average pooling: by its ordinary gradient each value is given its share of the sum, ``R = x * pool^T(R / o)``.
-
-    Args:
-        x: (N, C, H, W), the input. ``o``: the output. ``keep``: makes cells of them.
-        arguments: as ``torch.ops.aten.avg_pool2d`` takes them after the input.
-        below: what the producer of ``x`` takes.
-    """
-
-    takes = CHANNELS
-
-    def __init__(
-        self, x: Tensor, o: Tensor, arguments: tuple[Any, ...], below: Takes, keep: Callable[[Tensor], Cell]
-    ) -> None:
-        self._below, self._arguments = below, arguments
-        self._x: Cell | None = keep(x)
-        self._o: Cell | None = keep(o)
-
-    def forget(self) -> None:
-        """Let go of input and output."""
-        self._x = self._o = None
-
-    def hand(self, parts: list[Part]) -> list[list[Part]]:
-        """Give each value its share."""
-        if self._x is None or self._o is None:
-            raise LostError("what a pooling took was let go")
-        x, o = single(self._x.tensor), single(self._o.tensor)
-        found = []
-        for values in dense(parts):
-            grad = torch.ops.aten.avg_pool2d_backward(values / (o + TINY), x, *self._arguments)
-            given = grad.mul_(x)
-            found.append(given.sum(1, keepdim=True) if self._below == SUMS else given)
-        together = torch.stack(found)
-        return [[Summed(together) if self._below == SUMS else Dense(together)]]
-
-
-class MaxPool(Handing):
-    """Max pooling in two dimensions: relevance goes to where the maximum was.
-
-    Args:
-        x: (N, C, H, W), the input, of which the shape alone is kept. ``indices``: where the maxima were.
-        arguments: kernel, stride, padding, dilation and ceil_mode, as ``torch.ops.aten.max_pool2d_with_indices`` takes
-            them.
-        below: what the producer of ``x`` takes.
-    """
-
-    takes = CHANNELS
-
-    def __init__(self, x: Tensor, indices: Tensor, arguments: tuple[Any, ...], below: Takes, is_positive: bool) -> None:
-        self.is_positive = is_positive
-        self._below, self._indices, self._arguments = below, indices, arguments
-        self._shape = x.shape
-        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        self._form = torch.channels_last if is_last else torch.contiguous_format
-
-    def forget(self) -> None:
-        """Let go of the places of the maxima."""
-        self._indices = None  # type: ignore[assignment]
-
-    def hand(self, parts: list[Part]) -> list[list[Part]]:
-        """Give the maxima all."""
-        fields = _fields(parts) if self._below == SUMS else None
-        if fields is not None and (is_traced() or classes_of(parts) >= _MANY or self._is_partition()):
-            windows, size = self._windows(), self._shape[2:]
-            return [[Summed(windows.spread_to(factor, base, self._indices, size)) for factor, base in fields]]
-        values = torch.stack([self.scattered(v) for v in dense(parts)])
-        return [[Summed(values.sum(2, keepdim=True)) if self._below == SUMS else Dense(values)]]
-
-    def scattered(self, values: Tensor) -> Tensor:
-        """Put values (N, C, *out) where the maxima were: (N, C, *in)."""
-        if self._indices is None:
-            raise LostError("the places of the maxima were let go")
-        values = values.contiguous(memory_format=self._form)
-        like = torch.empty(self._shape, dtype=values.dtype, device=values.device, memory_format=self._form)
-        scattered: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            values, like, *self._arguments, self._indices
-        )
-        return scattered
-
-    def _windows(self) -> Windows:
-        kernel, stride, padding, dilation, _ = self._arguments
-        windows = Windows.of(kernel, stride, padding, dilation)
-        # With ceil_mode the last window may end beyond the padding.
-        return windows.reaching(self._shape[2:], self._indices.shape[2:])
-
-    def _is_partition(self) -> bool:
-        kernel, stride = self._arguments[:2]
-        return list(kernel) == list(stride)
-
-
 def classes_of(parts: Sequence[Part]) -> int:
     """The number of classes."""
     return len(parts[0].factor if isinstance(parts[0], Product) else parts[0].values)
 
 
-def _fields(parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]] | None:
+def fields_of(parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]] | None:
     """The fields and bases of relevance that is a sum of products of such, else None."""
     found = [(p.factor, p.base) for p in parts if isinstance(p, Product) and p.total is not None and p.base is not None]
     return found if len(found) == len(parts) else None
@@ -387,6 +267,8 @@ def rows_of(parts: Sequence[Part], rows: slice) -> list[Part]:
         if isinstance(part, Product):
             base = None if part.base is None else part.base[rows]
             found.append(Product(part.factor[:, rows], None if part.total is None else part.total[rows], base))
+        elif isinstance(part, (Summed, Owed)):
+            found.append(Summed(part.values[:, rows]))
         else:
             found.append(type(part)(part.values[:, rows]))
     return found

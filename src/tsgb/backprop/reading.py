@@ -118,10 +118,7 @@ class Reading:
         passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
         if passed.shape[2] != self._count:  # of parts or copies of the images, one after the other
             self._is_apart = True
-        elif not self._is_apart:
-            self.evidence = passed if self.evidence is None else self.evidence + passed
-        if self._is_apart:
-            self.evidence = None
+        self.evidence = None if self._is_apart else passed if self.evidence is None else self.evidence + passed
         return gate
 
     def _is_swapped(self, rows: Tensor) -> bool:

@@ -69,20 +69,20 @@ class Summed:
     values: Tensor
 
 
-class Owed(Summed):
-    """The same, worked out each time it is asked for, if it is; ``source`` is a tensor that it comes from."""
+@dataclass(frozen=True)
+class Owed:
+    """What a `Summed` holds, worked out each time it is asked for, if it is; ``source`` is of its device."""
 
-    def __init__(self, source: Tensor, work: Callable[[], Tensor]) -> None:
-        vars(self).update(source=source, work=work)
+    source: Tensor
+    work: Callable[[], Tensor]
 
     @property
     def values(self) -> Tensor:
         """What ``work`` gives."""
-        values: Tensor = vars(self)["work"]()
-        return values
+        return self.work()
 
 
-Part = Gradient | Dense | Product | Summed
+Part = Gradient | Dense | Product | Summed | Owed
 
 
 def summed(parts: Iterable[Part]) -> Tensor:
@@ -207,7 +207,7 @@ def _sum(part: Part) -> Tensor:
         return found.reshape(*found.shape[:2], 1, *part.base.shape[2:])
     if isinstance(part, Dense):
         return part.values.sum(2, keepdim=True)
-    if isinstance(part, Summed):
+    if isinstance(part, (Summed, Owed)):
         return part.values
     raise LostError("a gradient arrived where relevance was wanted")
 

@@ -15,10 +15,11 @@ from .. import rules
 from ..tracing import is_traced, untraced
 from . import operators
 from .folding import Folding, Waiting, bounds
-from .handing import GRADIENT, AveragePool, Convolution, Handing, Image, Masked, MaxPool, Mean, Passing, Takes
+from .handing import GRADIENT, Convolution, Handing, Image, Masked, Passing, Takes
 from .joining import Concatenation, Sum
 from .nodes import Ruling
 from .operators import Call
+from .pooling import AveragePool, MaxPool, Mean
 from .saved import Cell
 from .windows import Windows
 
