@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from . import graph
 from .folding import FoldedError
-from .relevance import Dense, Gradient, LostError, Part, Product, Relevance, Summed, single, summed
+from .relevance import Dense, Gradient, LostError, Owed, Part, Product, Relevance, Summed, single, summed
 
 __all__ = ["Reading", "tops"]
 
@@ -133,7 +133,7 @@ class Reading:
         """A part for the classes asked for, weighed by a field (K, N, 1, *)."""
         if isinstance(part, Dense):
             return Dense(self._own(part.values) * gate)
-        if isinstance(part, Summed):
+        if isinstance(part, (Summed, Owed)):
             return Summed(self._own(part.values) * gate)
         assert isinstance(part, Product)
         factor = self._own(part.factor)
