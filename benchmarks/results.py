@@ -81,7 +81,7 @@ def main() -> None:
         if not made.exists():
             raise SystemExit(f"{name} did not end: {shlex.join(command)}")
         table = made.read_text().partition("## Protocol")[0].replace(str(args.shared), "$SHARED")
-        table = re.sub("^## ", "### ", table, flags=re.MULTILINE)  # below the page's own sections
+        table = re.sub("^## ", "#### ", table, flags=re.MULTILINE)  # below the page's own headings
         PAGE.write_text(filled(PAGE.read_text(), name, f"```\ntsgb bench {RUNS[name]}\n```\n\n{table}"))
     PAGE.write_text(filled(PAGE.read_text(), "protocol", protocol()))
 

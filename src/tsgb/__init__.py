@@ -28,6 +28,7 @@ _LATER = (
     "methods",
     "metrics",
     "pictures",
+    "plots",
     "regions",
     "render",
     "scenes",

@@ -62,7 +62,7 @@ def check_table(table: Any, f: Any) -> None:
         TypeError, ValueError: says what a table is, or what f must be.
 
     Example:
-        >>> check_table(rules.DEFAULT, 0.5)
+        >>> check_table(rules.PIXELS, 0.5)
     """
     how = "such as tsgb.rules.DEFAULT or {**tsgb.rules.DEFAULT, operator: rule}"
     if not isinstance(table, dict):

@@ -150,7 +150,7 @@ def compile(
     strict: bool = False,
     backend: str | Callable[..., Any] = "inductor",
 ) -> CompiledExplainer:
-    """Compile the explanation of a model: the same maps to 1e-4, for less than the eager price.
+    """Compile the explanation of a model: the maps of `explain` to rounding, for less than its price.
 
     Forward and backward are traced into one graph, which torch.compile compiles; see `CompiledExplainer` for when this
     is done anew. It takes from half a minute to some minutes.

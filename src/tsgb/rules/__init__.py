@@ -2,7 +2,7 @@
 
 >>> import torch
 >>> from tsgb import rules
->>> rules.DEFAULT[torch.nn.functional.conv2d].__name__, rules.PAPER[torch.nn.functional.conv2d].__name__
+>>> rules.PIXELS[torch.nn.functional.conv2d].__name__, rules.PAPER[torch.nn.functional.conv2d].__name__
 ('conv', 'conv_lumped')
 """
 
