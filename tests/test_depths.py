@@ -173,11 +173,14 @@ class Chain(nn.Module):
         return self.c(x.mean((2, 3))) * 30
 
 
-def test_a_network_written_out():
-    torch.manual_seed(3)
+@pytest.mark.parametrize(
+    ("seed", "place", "signs"), [(3, 3, (True, False)), (0, 3, (True, True)), (3, 2, (False, True))]
+)
+def test_a_network_written_out(seed, place, signs):
+    torch.manual_seed(seed)
     model, x = Chain().double().eval(), torch.rand(1, 3, 12, 10, dtype=torch.float64)
     with torch.no_grad():
-        target = int(model(x).argmax())
+        target = int(model(x).argsort()[0, place])
         one = torch.relu(model.a(x))
         top = torch.relu(model.b(one))
         positions = top[0, 0].numel()
@@ -192,7 +195,10 @@ def test_a_network_written_out():
         below = plain.conv(gradient * (top > 0), one, model.b.weight, model.b.bias, padding=(1, 1))
         fields.append((below * one).sum(1)[None])
         found = plain_maps.depths(fields, x, [plain_maps.claims(rows, 1, gate[None])])
-        found *= own.clamp(min=0).sum() / found.clamp(min=0).sum()
+        sums = [(values.clamp(min=0).sum(), values.clamp(max=0).sum()) for values in (own, found)]
+        scales = [wanted / is_ if is_ else 0 for wanted, is_ in zip(*sums, strict=True)]
+        found = found.clamp(min=0) * scales[0] + found.clamp(max=0) * scales[1]
+    assert (own.max() > 0, own.min() < 0) == signs
     e = tsgb.explain(model, x, target, rules=DEFAULT)
     assert torch.allclose(e.maps, found, atol=1e-12)
     assert gate.min() < 0.9, "no rival had a say"
@@ -287,8 +293,10 @@ def test_the_map_sums_to_the_evidence_that_passed():
     with torch.no_grad():
         top = torch.relu(model.b(torch.relu(model.a(x))))
         weight = 30 * (model.c.weight[1] - model.c.weight.mean(0))
-        evidence = torch.einsum("nchw,c->nhw", top, weight).clamp(min=0).mean((1, 2))
-    assert torch.allclose(maps.clamp(min=0).sum((1, 2)), evidence, rtol=1e-4)
+        evidence = torch.einsum("nchw,c->nhw", top, weight)
+    assert torch.allclose(maps.clamp(min=0).sum((1, 2)), evidence.clamp(min=0).mean((1, 2)), rtol=1e-4)
+    assert maps.min() < 0, "nothing speaks against it"
+    assert torch.allclose(maps.clamp(max=0).sum((1, 2)), evidence.clamp(max=0).mean((1, 2)), rtol=1e-4)
 
 
 def test_a_table_may_ask_for_one_of_the_two():

@@ -71,7 +71,7 @@ class CompiledExplainer:
 
     @torch.inference_mode(False)
     def __call__(self, images: Tensor | tuple[Tensor, ...], target: Target = None) -> Explanation:
-        """Explain images; arguments, result and errors as of `tsgb.explain`.
+        """Explain images; `images`, `target`, result and errors are those of `tsgb.explain`.
 
         Raises:
             RuntimeError: the model cannot be traced, as it decides by its values or draws random numbers.

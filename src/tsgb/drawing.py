@@ -47,9 +47,9 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
         rule: the table's, see `rules.depths`. ``reading``: of the backward. ``image``: (N, C, *size).
         whole: whether each channel's share is asked for.
 
-    The positive values of a map of all depths sum to the evidence that passed the gates, in logits. Where all evidence
-    is against a class, the map is that of what speaks against it, below 0. Of channels each has its share of a pixel
-    in proportion to its size.
+    The positive values of a map of all depths sum to the evidence for the class that passed the gates, the negative
+    ones to the evidence against it, in logits. Where all evidence is against a class, the map is that of what speaks
+    against it, below 0. Of channels each has its share of a pixel in proportion to its size.
     """
     if reading.evidence is None:
         return None
@@ -58,21 +58,30 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
     speaks_for, against = reading.evidence
     if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
         return None
-    flat = (1,) * len(size)
-    sign = torch.where(speaks_for > 0, 1.0, -1.0).reshape(*speaks_for.shape, *flat)
+    sign = _each(torch.where(speaks_for > 0, 1.0, -1.0).to(speaks_for.dtype), image)
     sizes = [field.shape[2:] for field in coarse]
     held = [_on_grid(rules.claims(rows, gate, **reading.options), sizes) for rows, gate in reading.contests]
     claims = [both for both in held if both is not None]
     found = sign * rule([field * sign for field in coarse], image, claims)
-    positive, negative = found.clamp(min=0).flatten(2).sum(2), found.clamp(max=0).flatten(2).sum(2)
-    scale = torch.where(negative < 0, against / negative.clamp(max=-NOTHING), 0)
-    scale = torch.where((positive > 0) & (speaks_for > 0), speaks_for / positive.clamp(min=NOTHING), scale)
-    found = found * scale.reshape(*scale.shape, *flat)
+    found = _summing_to(speaks_for, found.clamp(min=0)) + _summing_to(against, found.clamp(max=0))
     if not whole:
         return found
     total = image.abs().sum(1, keepdim=True)
     share = torch.where(total > 0, image.abs() / total.clamp(min=NOTHING), 1 / image.shape[1])
     return found.unsqueeze(2) * share
+
+
+def _summing_to(evidence: Tensor, values: Tensor) -> Tensor:
+    """Values (K, N, *size) of one sign scaled to the sum (K, N); 0 where they or the sum are, or have another sign."""
+    total = values.flatten(2).sum(2)
+    return values * _each(
+        torch.where(evidence.sign() == total.sign(), evidence / torch.where(total == 0, 1, total), 0), values
+    )
+
+
+def _each(numbers: Tensor, values: Tensor) -> Tensor:
+    """Numbers (K, N) as factors of values (..., *size)."""
+    return numbers.reshape(*numbers.shape, *(1,) * (values.dim() - 2))
 
 
 def _on_grid(held: Tensor, sizes: Sequence[torch.Size]) -> Tensor | None:
