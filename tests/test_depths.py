@@ -402,6 +402,35 @@ def test_of_several_inputs_each_has_its_relevance():
     assert all(torch.isfinite(m).all() and m.any() for m in e.maps)
 
 
+class Beside(nn.Module):
+    """An image and what a table says of it; ``is_mixed``: what is made of the latter also weighs the channels."""
+
+    def __init__(self, is_mixed):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(2, 4)
+        self.out, self.is_mixed = nn.Linear(8 if is_mixed else 6, 3), is_mixed
+
+    def forward(self, x, v):
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        if self.is_mixed:
+            v = torch.relu(self.c(v))
+            x = torch.relu(x + v[:, :, None, None])
+        return self.out(torch.cat([x.mean((2, 3)), v], 1))
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_what_has_no_positions_goes_past_where_classes_compete(is_mixed):
+    torch.manual_seed(0)
+    model, inputs = Beside(is_mixed).double().eval(), (torch.rand(2, 3, 9, 9).double(), torch.rand(2, 2).double())
+    e = tsgb.explain(model, inputs, [[0, 2], [1, 1]])
+    for k in range(2):
+        one = tsgb.explain(model, inputs, e.targets[:, k], rules=rules.plain(DEFAULT))
+        assert all(torch.allclose(fast[:, k], slow[:, 0]) for fast, slow in zip(e.maps, one.maps, strict=True))
+        if not is_mixed:
+            weight = model.out.weight[:, 4:].detach()
+            assert torch.allclose(e.maps[1][:, k], inputs[1] * (weight[e.targets[:, k]] - weight.mean(0)))
+
+
 def test_of_channels_each_has_its_share():
     torch.manual_seed(0)
     model, x = Chain().eval(), torch.rand(2, 3, 16, 16)

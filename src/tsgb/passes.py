@@ -187,7 +187,7 @@ def _together(
         grads = _gradients(score, leaves, classes, retain, done.handing)
         arrived = heads.arrived(len(classes), count)
     else:
-        with reading.hooked(found):
+        with reading.hooked(found, heads.past(found)):
             if done.handing:
                 grads = _gradients(score, leaves, rows, retain, True)
                 arrived = heads.arrived(len(rows), count)[: len(classes)]

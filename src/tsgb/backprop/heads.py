@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from . import graph
 from .coverage import Coverage, CoverageError
 from .folding import FoldedError
 from .nodes import Ruling
-from .reading import Reading, tops
+from .reading import Reading, openings, tops
 
 __all__ = ["Heads"]
 
@@ -94,6 +94,10 @@ class Heads:
                 if ruling.handing is not None:
                     ruling.handing.reading = reading
         return found
+
+    def past(self, found: Sequence[Node]) -> dict[Node, list[int]]:
+        """The edges by which evidence goes past the nodes where the classes compete, see `openings`."""
+        return openings(self._nodes, found)
 
     def arrived(self, classes: int, count: int) -> Tensor:
         """Tell for each class and image (K, N) whether any gradient arrived in the last backward."""

@@ -6,7 +6,7 @@ those asked for go on. Below, each convolution notes what it shares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import is_
@@ -19,7 +19,7 @@ from . import graph
 from .folding import FoldedError
 from .relevance import Dense, Gradient, LostError, Owed, Part, Product, Relevance, Summed, single, summed
 
-__all__ = ["Reading", "tops"]
+__all__ = ["Reading", "openings", "tops"]
 
 Rivalry = Callable[[Tensor, int], Tensor]
 
@@ -56,9 +56,10 @@ class Reading:
         self.fields.append(field.transpose(1, 2) if self._is_swapped(field) else field)
 
     @contextmanager
-    def hooked(self, found: Sequence[Node]) -> Iterator[None]:
-        """Let the classes compete at these nodes while the body goes backward."""
+    def hooked(self, found: Sequence[Node], open_edges: Mapping[Node, Collection[int]]) -> Iterator[None]:
+        """Let the classes compete at these nodes while the body goes backward; past them those asked for go on."""
         handles = [node.register_prehook(partial(self._met, node)) for node in found]
+        handles += [node.register_hook(partial(self._let_past, places)) for node, places in open_edges.items()]
         try:
             yield
         finally:
@@ -83,6 +84,18 @@ class Reading:
             raise FoldedError  # of the two outputs the classes would compete in each by itself
         given = [None if grad is None else self._weighed((node, nr), grad) for nr, grad in enumerate(grads)]
         return tuple(given)
+
+    def _let_past(
+        self, places: Collection[int], given: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Of what a node gives its inputs, let the rows asked for go on where no place is in which classes compete."""
+        everywhere = torch.ones(())
+        return tuple(
+            Relevance(grad.shape, grad.dtype, [self._part(part, everywhere.to(grad.device)) for part in grad.parts])
+            if place in places and isinstance(grad, Relevance)
+            else grad
+            for place, grad in enumerate(given)
+        )
 
     def _weighed(self, key: tuple[Node, int], grad: Tensor) -> Tensor:
         node, nr = key
@@ -131,6 +144,8 @@ class Reading:
 
     def _part(self, part: Part, gate: Tensor) -> Part:
         """A part for the classes asked for, weighed by a field (K, N, 1, *)."""
+        if isinstance(part, Gradient):
+            return Gradient(self._own(part.values) * gate)
         if isinstance(part, Dense):
             return Dense(self._own(part.values) * gate)
         if isinstance(part, (Summed, Owed)):
@@ -158,6 +173,30 @@ def tops(heads: Sequence[Node]) -> list[Node]:
         if not ends & _reached(edges, partial(is_, candidate)).keys():
             return [candidate]
     return []
+
+
+def openings(heads: Sequence[Node], found: Collection[Node]) -> dict[Node, list[int]]:
+    """The edges by which evidence goes past the places where classes compete, to an input without positions.
+
+    Args:
+        heads: where the evidence comes from. ``found``: those places, see `tops`.
+
+    Returns:
+        By node above them, which of its edges.
+    """
+    past: dict[Node, list[int]] = {}
+    ahead, seen = list(heads), set(heads)
+    while ahead:
+        node = ahead.pop()
+        for place, (edge, _) in enumerate(node.next_functions):
+            if edge is None or edge in found:
+                continue
+            if not _reached([edge], found.__contains__).keys() & set(found):
+                past.setdefault(node, []).append(place)
+            elif edge not in seen:
+                seen.add(edge)
+                ahead.append(edge)
+    return past
 
 
 def _below(node: Node) -> list[Node]:
