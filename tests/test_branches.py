@@ -141,6 +141,32 @@ def test_images_that_the_model_copies_have_the_map_of_the_pixels(how, count):
     assert relative(found.maps, tsgb.explain(net, images, [[0, 1]] * count, rules=without).maps) < 1e-5
 
 
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2)])
+def test_an_image_has_one_map_though_the_model_takes_them_one_by_one(rows):
+    def one_by_one(net, x):
+        return torch.cat([net.head(mean(functional.relu(net.b(functional.relu(net.a(one)))))) for one in x.split(1)])
+
+    images = torch.rand(3, 3, 16, 16)
+    together = Branched(lambda net, x: net.head(mean(functional.relu(net.b(functional.relu(net.a(x)))))))
+    found = tsgb.explain(Branched(one_by_one), images[rows], [[0, 1]] * len(images[rows]))
+    assert relative(found.maps, tsgb.explain(together, images, [[0, 1]] * 3).maps[rows]) < 1e-5
+    with pytest.raises(RuntimeError, match="give it one image"):
+        tsgb.compile(Branched(one_by_one), images, backend="eager")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS, rules.PAPER])
+def test_a_head_on_vectors_without_a_batch(count, table):
+    def squeezed(net, x):
+        return net.head(mean(functional.relu(net.b(functional.relu(net.a(x))))).squeeze()).view(len(x), -1)
+
+    together = Branched(lambda net, x: net.head(mean(functional.relu(net.b(functional.relu(net.a(x)))))))
+    images = torch.rand(count, 3, 16, 16)
+    found, same = (tsgb.explain(model, images, "top2", rules=table) for model in (Branched(squeezed), together))
+    assert relative(found.maps, same.maps) < 1e-5
+    assert found.why_empty == same.why_empty
+
+
 def test_several_levels_at_the_head_have_a_map_of_all_depths():
     net, images = Branched(two_levels, 2), torch.rand(1, 3, 16, 16)
     without = {role: rule for role, rule in rules.DEFAULT.items() if role != rules.MAP}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, passes, targets
 from . import rules as rule_tables
-from .backprop import CoverageError, LostError
+from .backprop import ApartError, CoverageError, LostError
 from .drawing import NOTHING
 from .explanation import Explanation
 from .passes import Facts, Pass, Request
@@ -247,21 +247,30 @@ def _parts(request: Request, inputs: tuple[Tensor, ...], target: Target, batch_s
     target = targets.prepare(target, count, targets.names_of(request.model))
     step = batch_size or count
     for start in range(0, count, step):
-        rows = slice(start, start + step)
+        rows = slice(start, min(start + step, count))
+        try:
+            yield _explained(request, inputs, target, rows)
+        except ApartError:
+            for n in range(rows.start, rows.stop):
+                yield _explained(request, inputs, target, slice(n, n + 1))
 
-        def cut(value: Any, rows: slice = rows) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value.detach()  # of a graph of the caller's own, which is none of the explanation's
-            return value[rows] if value.dim() > 0 and len(value) == count else value
 
-        args = tuple(map(cut, request.args))
-        kwargs = {key: cut(value) for key, value in (request.kwargs or {}).items()}
-        images = tuple(x[rows] for x in inputs)
-        now, wanted = replace(request, args=args, kwargs=kwargs), cut(target)
-        with torch.inference_mode(False), torch.enable_grad():
-            done, facts = hands_on(partial(_passed, now, images, wanted))
-        yield part(done, facts, images, request)
+def _explained(request: Request, inputs: tuple[Tensor, ...], target: Target, rows: slice) -> Part:
+    count = len(inputs[0])
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()  # of a graph of the caller's own, which is none of the explanation's
+        return value[rows] if value.dim() > 0 and len(value) == count else value
+
+    args = tuple(map(cut, request.args))
+    kwargs = {key: cut(value) for key, value in (request.kwargs or {}).items()}
+    images = tuple(x[rows] for x in inputs)
+    now, wanted = replace(request, args=args, kwargs=kwargs), cut(target)
+    with torch.inference_mode(False), torch.enable_grad():
+        done, facts = hands_on(partial(_passed, now, images, wanted))
+    return part(done, facts, images, request)
 
 
 def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> tuple[Pass, Facts]:

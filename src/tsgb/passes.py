@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import checks, drawing, targets
 from . import rules as rule_tables
 from .backprop import (
+    ApartError,
     Backprop,
     CoverageError,
     FoldedError,
@@ -197,6 +198,11 @@ def _together(
                 grads = _gradients(score, leaves, rows[:1] - rows[-1:] if len(rows) > 1 else rows, retain, False)
     rule, drawn = request.table.get(rule_tables.MAP), None
     if reading is not None and rule is not None and len(leaves) == 1:
+        if reading.is_apart and count > 1:
+            raise ApartError(
+                "the model cuts its images apart along the batch, or copies them, so that several at once have no map "
+                "of all depths: give it one image"
+            )
         drawn = drawing.all_depths(rule, reading, leaves[0].detach(), request.whole)
     if drawn is not None:
         maps = [drawn]

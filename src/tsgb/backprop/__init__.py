@@ -13,10 +13,11 @@ from .folding import FoldedError
 from .graph import is_all_of
 from .heads import Heads
 from .mode import Backprop, recording
-from .reading import Reading
+from .reading import ApartError, Reading
 from .relevance import Gradient, LostError, Owed, Product, Relevance, Summed, dense, summed
 
 __all__ = [
+    "ApartError",
     "Backprop",
     "CoverageError",
     "FoldedError",

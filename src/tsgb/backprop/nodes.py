@@ -80,12 +80,13 @@ class Ruling:
                 grad_x = self._checked(self.rule, self.rule(single(grad), single(x), *args, **output, **kwargs), x)
             else:
                 assert self.head_rule is not None
-                swapped = self._is_swapped(x)
+                swapped, is_alone = self._is_swapped(x), x.dim() == 1
                 grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
+                grad, features = (grad[None], features[None]) if is_alone else (grad, features)
                 most = {"most": len(grad)} if self.is_single and _wants(self.head_rule, "most") else {}
                 grad_x = self.head_rule(single(grad), single(features), *args, f=self.f, **most, **kwargs)
                 grad_x = self._checked(self.head_rule, grad_x, features)
-                grad_x = grad_x.transpose(0, 1) if swapped else grad_x
+                grad_x = grad_x.transpose(0, 1) if swapped else grad_x[0] if is_alone else grad_x
         return of_type(grad_x, x.dtype)
 
     def _checked(self, rule: Callable[..., Tensor], given: Any, x: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ class Ruling:
         self.is_below, self.x, self.others = True, None, []
 
     def _note_arrivals(self, grads: Tensor, x: Tensor) -> None:
-        self.arrived = (grads.transpose(1, 2) if self._is_swapped(x) else grads).flatten(2).any(2)
+        grads = grads.transpose(1, 2) if self._is_swapped(x) else grads
+        self.arrived = grads.flatten(min(2, grads.dim() - 1)).any(-1, keepdim=grads.dim() == 2)  # of a vector by itself
 
     def _is_swapped(self, x: Tensor) -> bool:
         """Tell features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image."""

@@ -19,9 +19,13 @@ from . import graph
 from .folding import FoldedError
 from .relevance import Dense, Gradient, LostError, Owed, Part, Product, Relevance, Summed, single, summed
 
-__all__ = ["Reading", "openings", "tops"]
+__all__ = ["ApartError", "Reading", "openings", "tops"]
 
 Rivalry = Callable[[Tensor, int], Tensor]
+
+
+class ApartError(RuntimeError):
+    """The classes compete in other images than those that came: the model cuts them apart, or copies them."""
 
 
 class Reading:
@@ -36,6 +40,7 @@ class Reading:
         fields: what each convolution shares, one number a position: (K, N, *positions).
         contests: of each place where the classes compete the evidence of those asked for and their possible rivals,
             (K + R, N, *positions), and the gate (K, N, *positions).
+        is_apart: whether the classes compete in other images than those that came, as in parts or copies of them.
         evidence: (2, K, N), the evidence for each class that passed the gates, and that against it, each summed over
             the positions; None where there is no top, or where it holds other images than those that came.
     """
@@ -47,7 +52,7 @@ class Reading:
         self.fields: list[Tensor] = []
         self.contests: list[tuple[Tensor, Tensor]] = []
         self.evidence: Tensor | None = None
-        self._is_apart = False  # whether the classes compete in other images than those that came
+        self.is_apart = False
         self._heard: dict[tuple[Node, int], list[Tensor]] | None = None
         self._gates: dict[tuple[Node, int], Tensor] = {}
 
@@ -129,9 +134,9 @@ class Reading:
             self.contests.append((rows, gate))
         weighed = (own * gate).flatten(2)
         passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
-        if passed.shape[2] != self._count:  # of parts or copies of the images, one after the other
-            self._is_apart = True
-        self.evidence = None if self._is_apart else passed if self.evidence is None else self.evidence + passed
+        if passed.shape[2] != self._count:
+            self.is_apart = True
+        self.evidence = None if self.is_apart else passed if self.evidence is None else self.evidence + passed
         return gate
 
     def _is_swapped(self, rows: Tensor) -> bool:
