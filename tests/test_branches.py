@@ -231,3 +231,57 @@ def test_what_no_form_can_follow_is_an_error_of_ones_own():
         module.register_full_backward_hook(lambda module, given, got: None)
     with pytest.raises(tsgb.CoverageError, match="the model writes on a view of what passed a rule"):
         tsgb.explain(net.eval(), torch.rand(1, 3, 16, 16), 1)
+
+
+def emptied(layer, is_biased=True):
+    """A layer two of whose channels are 0 wherever they are, as pruning leaves them."""
+    with torch.no_grad():
+        layer.weight[:2] = 0
+        if is_biased:
+            layer.bias[:2] = 0
+    return layer
+
+
+class Last(nn.Module):
+    """What is done with the channels last."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def biased(norm):
+    """A norm that shifts."""
+    nn.init.uniform_(norm.bias, 0.1, 1)
+    return norm
+
+
+ZEROS = {
+    "a pruned convolution before batch norm": lambda: [emptied(nn.Conv2d(6, 6, 3)), biased(nn.BatchNorm2d(6))],
+    "pruned batch norm before another": lambda: [emptied(nn.BatchNorm2d(6)), biased(nn.BatchNorm2d(6))],
+    "the same, folded": lambda: [
+        nn.Conv2d(6, 6, 3, bias=False),
+        emptied(nn.BatchNorm2d(6)),
+        biased(nn.BatchNorm2d(6)),
+    ],
+    "pruned batch norm before group norm": lambda: [emptied(nn.BatchNorm2d(6)), biased(nn.GroupNorm(3, 6))],
+    "a shift of zeros twice": lambda: [emptied(nn.BatchNorm2d(6)), emptied(nn.BatchNorm2d(6)), biased(nn.BatchNorm2d(6))],
+    "a pruned linear layer before layer norm": lambda: [Last(emptied(nn.Linear(6, 6)), biased(nn.LayerNorm(6)))],
+    "groups of which one sees nothing": lambda: [
+        nn.Conv2d(6, 6, 1, groups=6, bias=False),
+        biased(nn.GroupNorm(3, 6)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZEROS)
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS, rules.PAPER])
+def test_what_a_shift_makes_of_zeros_has_no_relevance_in_either_form(name, table):
+    torch.manual_seed(0)
+    head = [nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)]
+    net, images = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *ZEROS[name](), *head).eval(), torch.rand(2, 3, 12, 12)
+    found, plainly = (tsgb.explain(net, images, 1, rules=form) for form in (table, rules.plain(table)))
+    assert relative(found.maps, plainly.maps) < 1e-4

@@ -107,7 +107,7 @@ class Folding:
             if output is not None:
                 self._has_folded = True
                 kept.wait(output, waiting.folded(*call.args[1:], **call.kwargs))
-                ruling.passing = Passing(ruling.handing.takes, False, False, ruling.handing.is_last)
+                ruling.passing = Passing(ruling.handing.takes, False, True, ruling.handing.is_last)
             return output
         clamp = bounds(call) if call.inplace is x and x.output_nr and not waiting.has_rectifier else None
         if clamp is None or clamp[0] != 0 or not isinstance(rule, partial) or rule.func is not rules.activation:

@@ -108,7 +108,6 @@ class Masked(Handing):
     """
 
     takes = CHANNELS
-    has_zeros = False
 
     def __init__(self, x: Tensor, below: Takes, is_last: bool) -> None:
         self._below, self.is_last = below, is_last

@@ -119,10 +119,12 @@ def _convolution(
     fits = x.shape[1] == weight.shape[1] * groups and min(count) > 0 and x.device == weight.device
     # Weights more than values of the output take longer to read, and to scale, than the output.
     is_heavy = x.shape[0] * weight.shape[0] * math.prod(count) < weight.numel() and not is_traced()
-    # An output that is 0 has no relevance, though a shift after it hands some on. Where no weight is 0 this is so only
-    # where nothing is seen, and lost anyway; where one of several groups that share as one sees nothing, it carries it.
+    # An output that is 0 has no relevance, though a shift after it hands some on, but where the table has it carry that.
+    # Where no weight is 0 this is so only where nothing is seen, and lost anyway; unless groups share as one, of which
+    # one sees nothing and others do.
     with untraced():
-        may_be_zero = bias is None and not conv.carries and (is_heavy or _holds_zero(weight))
+        is_apart = conv.is_lumped and groups > 1
+        may_be_zero = not conv.carries and _may_be_zero(weight, bias, is_heavy or is_apart)
 
     def begin(o: Tensor) -> Convolution:
         has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero
@@ -139,6 +141,11 @@ def _convolution(
         return Start((x,), begin)
     waiting = Waiting(conv.function, conv.keep(x), conv.keep(weight), options)
     return Start((x,), begin, lambda: waiting.empty(windows), waiting=waiting)
+
+
+def _may_be_zero(weight: Tensor, bias: Tensor | None, whatever_weights: bool = False) -> bool:
+    """Tell whether an output may be 0 of itself, as where weights were pruned."""
+    return (bias is None or _holds_zero(bias)) and (whatever_weights or _holds_zero(weight))
 
 
 def _holds_zero(weight: Tensor) -> bool:
@@ -159,7 +166,7 @@ def _linear(keep: Keep, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         return None
     windows, below, is_positive = Windows.of((1,) * (x.dim() - 2), 1, 0, 1), _taken(x, is_last=True), _is_positive(x)
     with untraced():
-        may_be_zero = bias is None and _holds_zero(weight)
+        may_be_zero = _may_be_zero(weight, bias)
     if may_be_zero:
         return None
     has_bias = bias is not None
@@ -186,7 +193,7 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
     if form is rules.shift and before.has_zeros:
         masked = Masked(x, before.takes, before.is_last)  # before an in-place call writes on x
         return Start((x,), lambda _: masked)
-    return Start((x,), lambda _: Passing(before.takes, False, form is rules.gate, before.is_last))
+    return Start((x,), lambda _: Passing(before.takes, False, True, before.is_last))
 
 
 def _scaled(call: Call, keep: Keep) -> Start | None:
