@@ -140,6 +140,8 @@ class Spelled(nn.Module):
         x = torch.relu(x)
         if self.third == "conv":
             x = functional.conv2d(x, self.weight3[:, :, None, None], self.bias3)
+        elif self.third == "product":
+            x = (x.permute(0, 2, 3, 1) @ self.weight3.T + self.bias3).permute(0, 3, 1, 2)
         elif self.third == "channels last":
             x = functional.linear(x.permute(0, 2, 3, 1), self.weight3, self.bias3).permute(0, 3, 1, 2)
         else:
@@ -168,6 +170,15 @@ def test_a_layer_in_another_spelling_has_the_same_map(spelling, table):
     assert relative(found.maps, expected.maps) < 1e-9
     assert found.f == expected.f
     assert not [row for row in found.coverage if row[1] is None]
+
+
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS], ids=["DEFAULT", "PIXELS"])
+def test_a_bias_added_by_hand_on_positions_is_the_layers(table):
+    x = torch.rand(2, 3, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    asked = [[0, 1], [2, 4]]
+    found, expected = (tsgb.explain(Spelled(third=how), x, asked, rules=table) for how in ("product", "channels last"))
+    assert expected.maps.any()
+    assert relative(found.maps, expected.maps) < 1e-9
 
 
 class Attends(nn.Module):

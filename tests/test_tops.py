@@ -76,6 +76,20 @@ def test_tokens_are_positions():
     assert_twins(Net(tokens), Net(lambda net, x: net.c(x.mean((2, 3)))), x)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: x.mean(3).mean(2),
+        lambda x: x.mean(-1, keepdim=True).mean(-2, keepdim=True).flatten(1),
+        lambda x: x.sum(2).sum(2) / 48,
+        lambda x: x.movedim(1, -1).mean(1).mean(1),
+    ],
+)
+def test_pooling_may_take_one_dimension_after_the_other(pool):
+    x = torch.rand(2, 3, 16, 12, dtype=torch.float64)
+    assert_twins(Net(lambda net, x: net.c(pool(x))), Net(lambda net, x: net.c(x.mean((2, 3)))), x)
+
+
 class Series(nn.Module):
     """A layer on (T, N, C) between two convolutions, or the same on (N, T, C)."""
 

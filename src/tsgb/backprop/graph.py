@@ -31,6 +31,7 @@ __all__ = [
     "note",
     "notes",
     "output_of",
+    "positions",
     "ruling_of",
     "walk",
 ]
@@ -87,9 +88,9 @@ def is_known(node: Node) -> bool:
 
 
 def is_linear(node: Node | None) -> bool:
-    """Tell whether an operator is a linear layer with a rule."""
+    """Tell whether an operator is a linear layer with a rule, on a vector."""
     ruling = ruling_of(node)
-    return ruling is not None and ruling.is_linear
+    return ruling is not None and ruling.is_linear and ruling.on_vector
 
 
 def is_unseen(node: Node) -> bool:
@@ -140,10 +141,17 @@ def _channels(tensor: Tensor, inputs: Iterable[Tensor]) -> int:
 def has_positions(node: Node) -> bool:
     """Tell whether an operator's output is a map of more than one position."""
     handing = getattr(ruling_of(node), "handing", None)
+    return _OUTPUTS in notes(node) if handing is None else positions(node) > 1
+
+
+def positions(node: Node) -> int:
+    """Count the positions of an operator's output; 1 where it is not known to be a map."""
+    handing = getattr(ruling_of(node), "handing", None)
     if handing is None:
-        return _OUTPUTS in notes(node)
+        kept = [(cell.tensor, output_of(node, place)[1]) for place, cell in notes(node).get(_OUTPUTS, {}).items()]
+        return max((tensor[0].numel() // tensor.shape[channels] for tensor, channels in kept), default=1)
     shape = node.shape  # type: ignore[attr-defined]
-    return bool((shape[1:-1] if handing.is_last else shape[2:]).numel() > 1)
+    return int((shape[1:-1] if handing.is_last else shape[2:]).numel())
 
 
 def walk(start: Node | None, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:

@@ -166,11 +166,13 @@ class Reading:
 def tops(heads: Sequence[Node]) -> list[Node]:
     """Where the evidence meets the map: the first nodes below the heads whose output has positions.
 
-    Where one of them lies below another, as in a block that leaves one position by some of its branches alone, it is
+    Global pooling may take the mean over one dimension after the other: it is what comes before. Where one of them lies
+    below another, as in a block that leaves one position by some of its branches alone, it is
     the first that all goes through; none if there is no such.
     """
     edges = [edge for node in heads for edge in _below(node)]
-    found = [node for node in _reached(edges, graph.has_positions) if graph.has_positions(node)]
+    reached = [node for node in _reached(edges, graph.has_positions) if graph.has_positions(node)]
+    found = list(dict.fromkeys(map(_unpooled, reached)))
     if len(found) == 1 or not any(_reached(_below(node)).keys() & set(found) for node in found):
         return found
     ends = {node for node in _reached(edges) if not _below(node)}
@@ -178,6 +180,16 @@ def tops(heads: Sequence[Node]) -> list[Node]:
         if not ends & _reached(edges, partial(is_, candidate)).keys():
             return [candidate]
     return []
+
+
+def _unpooled(node: Node) -> Node:
+    """What a mean or sum over some of the positions was taken of; other nodes as they are."""
+    below = _below(node)
+    while graph.name(node) in ("mean", "sum") and len(below) == 1:
+        if graph.positions(below[0]) <= graph.positions(node):
+            break
+        node, below = below[0], _below(below[0])
+    return node
 
 
 def openings(heads: Sequence[Node], found: Collection[Node]) -> dict[Node, list[int]]:
