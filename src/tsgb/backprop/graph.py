@@ -23,10 +23,12 @@ __all__ = [
     "is_centre",
     "is_known",
     "is_linear",
+    "is_of",
     "is_settled",
     "is_unseen",
     "is_weighted",
     "keep_output",
+    "mark",
     "name",
     "note",
     "notes",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of nodes' metadata
-_OUTPUTS, _CHANNELS = "tsgb.outputs", "tsgb.channels"
+_OUTPUTS, _CHANNELS, _RUN = "tsgb.outputs", "tsgb.channels", "tsgb.run"
 
 _SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
 
@@ -57,6 +59,25 @@ def notes(node: Node) -> dict[str, Any]:
     """Give the metadata that lives as long as the node."""
     found: dict[str, Any] = node.metadata  # type: ignore[assignment]
     return found
+
+
+def mark(node: Node, run: object, is_of_image: bool) -> None:
+    """Note whether a node comes from an image of a forward."""
+    notes(node)[_RUN] = run, is_of_image
+
+
+def is_of(node: Node, run: object) -> bool:
+    """Tell whether a node comes from an image of a forward, and is no older, of a graph that the model kept."""
+    known, is_of_image = notes(node).get(_RUN, (None, False))
+    if known is not run:
+        marks = [notes(found).get(_RUN, (None, False)) for found in walk(node, lambda found: _is_marked(found, run))]
+        is_of_image = (run, True) in marks
+        mark(node, run, is_of_image)
+    return is_of_image
+
+
+def _is_marked(node: Node, run: object) -> bool:
+    return notes(node).get(_RUN, (None, False))[0] is run
 
 
 def name(node: Node) -> str:

@@ -77,7 +77,7 @@ class Backprop(TorchFunctionMode):
         self._f = table[rules.F] if f is None else f
         self._is_reading = rules.RIVALS in table or rules.MAP in table
         self.coverage = Coverage()
-        self._first: int | None = None  # the sequence number of the first image's node
+        self._run: object | None = None  # what marks the nodes of this forward, once an image has entered
         self.has_shifts = False  # whether a constant was added to what comes from the image
         self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
 
@@ -97,8 +97,8 @@ class Backprop(TorchFunctionMode):
             return self._entered(Handed.apply(Job(ruling, copy, lambda _: Image(takes), False), leaf))  # type: ignore[no-untyped-call]
 
     def _entered(self, image: Tensor) -> Tensor:
-        if self._first is None:
-            self._first = image.grad_fn._sequence_nr()  # type: ignore[union-attr]
+        self._run = self._run or object()
+        graph.mark(image.grad_fn, self._run, True)  # type: ignore[arg-type]
         return image
 
     def __torch_function__(
@@ -149,8 +149,9 @@ class Backprop(TorchFunctionMode):
             return tensor.clone()
         if not tensor.requires_grad:
             return tensor
-        is_older = tensor.is_leaf or tensor.grad_fn._sequence_nr() < (self._first or 0)  # type: ignore[union-attr]
-        return tensor.detach() if is_older else tensor
+        if tensor.grad_fn is None or not (self._run is None or graph.is_of(tensor.grad_fn, self._run)):
+            return tensor.detach()
+        return tensor
 
     def _is_fine(self, call: Call, met: tuple[Ruling, Call] | None) -> bool:
         """Tell whether a convolution is to run in float32 under autocast: the first few.
