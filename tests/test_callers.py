@@ -274,3 +274,32 @@ def test_parts_on_two_devices(x):
     model.head.to("cuda:1")
     expected = tsgb.explain(alone.to("cuda:1"), x.to("cuda:1"), 1).maps
     assert relative(tsgb.explain(model, x.to("cuda:0"), 1).maps.cpu(), expected.cpu()) < 1e-3
+
+
+def test_hooks_on_gradients_are_not_called(x):
+    """As what flows backward is no gradient."""
+
+    class Hooked(Net):
+        def forward(self, x):
+            x = self.body(x)
+            x.register_hook(seen.append)
+            x.retain_grad()
+            return self.head(torch.flatten(self.pool(x + torch.tanh(x)), 1))
+
+    seen = []
+    assert torch.equal(tsgb.explain(Hooked(), x, 1).maps, tsgb.explain(Net(), x, 1).maps)
+    assert not seen
+    Hooked()(x)[:, 1].sum().backward()
+    assert len(seen) == 1, "they are the model's own afterwards"
+
+
+def test_a_callable_with_attributes_of_a_modules_name(x):
+    class Wrapper:
+        modules, parameters = [Net()], {}
+
+        def __call__(self, x):
+            return self.modules[0](x)
+
+    assert torch.equal(tsgb.explain(Wrapper(), x, 1).maps, tsgb.explain(Net(), x, 1).maps)
+    with pytest.raises(RuntimeError, match="channels"):
+        tsgb.explain(Wrapper(), x[:, :2], 1)

@@ -181,6 +181,102 @@ def test_a_bias_added_by_hand_on_positions_is_the_layers(table):
     assert relative(found.maps, expected.maps) < 1e-9
 
 
+class Step(nn.Module):
+    """Two convolutions and what is done between them."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.a, self.b, self.up, self.c = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3),
+            nn.ConvTranspose2d(8, 8, 2),
+            nn.Linear(8, 5),
+        )
+        self.norm = nn.BatchNorm2d(8)
+        for values in (self.norm.weight, self.norm.bias, self.norm.running_mean):
+            nn.init.uniform_(values, 0.2, 1)
+        self.double().eval()
+
+    def forward(self, x):
+        x = torch.relu(self.how(self, torch.relu(self.a(x))))
+        return self.c((torch.relu(self.b(x)) if x.shape[1] == 8 else x.repeat(1, 2, 1, 1)).mean((2, 3)))
+
+
+def of(net):
+    return net.norm.weight, net.norm.bias
+
+
+NONE = (None, None)
+STEPS = {
+    "group norm": (
+        lambda net, x: functional.group_norm(x, 4, *of(net)),
+        lambda net, x: torch.group_norm(x, 4, *of(net), 1e-5, False),
+    ),
+    "layer norm": (
+        lambda net, x: functional.layer_norm(x.movedim(1, -1), (8,), *of(net)).movedim(-1, 1),
+        lambda net, x: torch.layer_norm(x.movedim(1, -1), (8,), *of(net), 1e-5, False).movedim(-1, 1),
+    ),
+    "instance norm": (
+        lambda net, x: functional.instance_norm(x, *NONE, *of(net)),
+        lambda net, x: torch.instance_norm(x, *of(net), *NONE, True, 0.1, 1e-5, False),
+    ),
+    "batch norm": (
+        lambda net, x: net.norm(x),
+        lambda net, x: torch.batch_norm(
+            x, *of(net), net.norm.running_mean, running_var=net.norm.running_var, training=False, momentum=0.1, eps=1e-5,
+            cudnn_enabled=False,
+        ),
+    ),
+    "upsampling": (
+        lambda net, x: functional.interpolate(x, scale_factor=2.0, mode="bilinear"),
+        lambda net, x: torch.ops.aten.upsample_bilinear2d.vec(x, None, False, [2.0, 2.0]),
+    ),
+    "convolution": (
+        lambda net, x: net.b(x),
+        lambda net, x: torch.convolution(x, net.b.weight, net.b.bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+    ),
+    "transposed convolution": (
+        lambda net, x: net.up(x),
+        lambda net, x: torch.convolution(x, net.up.weight, net.up.bias, [1, 1], [0, 0], [1, 1], True, [0, 0], 1),
+    ),
+    "gated linear unit": (
+        lambda net, x: functional.glu(x - 0.1, 1),
+        lambda net, x: (x - 0.1).chunk(2, 1)[0] * (x - 0.1).chunk(2, 1)[1].sigmoid(),
+    ),
+    "constant": (lambda net, x: x + 0.3, lambda net, x: torch.add(torch.tensor(0.3, dtype=torch.float64), x, alpha=1)),
+    "cut": (lambda net, x: x[:, :, 1:], lambda net, x: x.narrow(2, 1, x.shape[2] - 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS], ids=["DEFAULT", "PIXELS"])
+@pytest.mark.parametrize("name", STEPS)
+def test_an_operator_of_torch_or_of_an_exported_graph_is_functionals(name, table):
+    x = torch.rand(2, 3, 9, 10, dtype=torch.float64)
+    one, other = STEPS[name]
+    expected = tsgb.explain(Step(one), x, [[0, 1], [2, 4]], rules=table)
+    assert expected.maps.any()
+    for model in (Step(other), torch.export.export(Step(one), (x,)).module()):
+        found = tsgb.explain(model, x, [[0, 1], [2, 4]], rules=table)
+        assert relative(found.maps, expected.maps) < 1e-9
+        assert not [row for row in found.coverage if row[1] is None]
+
+
+RANDOM = {
+    "feature dropout": lambda x: torch.feature_dropout(x, 0.5, True),
+    "feature alpha dropout": lambda x: functional.feature_alpha_dropout(x, 0.5, True),
+    "dropout by name": lambda x: torch.dropout(x, p=0.5, train=True),
+    "native dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_what_draws_random_numbers_is_refused(name):
+    with pytest.raises(RuntimeError, match=r"draws random numbers: call model.eval\(\)"):
+        tsgb.explain(Step(lambda _, x: RANDOM[name](x)), torch.rand(1, 3, 9, 9, dtype=torch.float64), 1)
+
+
 class Attends(nn.Module):
     def __init__(self, how):
         super().__init__()

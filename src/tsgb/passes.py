@@ -119,7 +119,7 @@ def _forward(inputs: tuple[Tensor, ...], target: Target, handing: bool, request:
     module = request.model if isinstance(request.model, nn.Module) else None  # what else is called may have no hash
     pools = None
     if request.folds and (module is None or module not in _UNFOLDED):
-        pools = sum("MaxPool" in type(module).__name__ for module in getattr(request.model, "modules", list)())
+        pools = 0 if module is None else sum("MaxPool" in type(part).__name__ for part in module.modules())
     leaves = tuple(_leaf(x) for x in inputs)
     with recording(request.table, request.f, handing, pools) as run:
         images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
@@ -307,7 +307,8 @@ def _called(
                 "the model runs a scripted module, whose operators do not pass through torch's functions: explain the "
                 "module before scripting"
             ) from error
-        held = next((p for p in getattr(model, "parameters", list)() if p.is_floating_point()), None)
+        weights = model.parameters() if isinstance(model, nn.Module) else ()
+        held = next((p for p in weights if p.is_floating_point()), None)
         if held is not None and held.device != images[0].device:
             raise ValueError(
                 f"images must be on the model's device {held.device}, got {images[0].device}: "

@@ -8,6 +8,7 @@ spellings.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .. import rules
 from . import graph, operators, scope
@@ -33,6 +35,8 @@ from .starts import producer, start
 
 # What a tensor tells without being read, of which no more need be known.
 _FACTS = UNREAD - {"requires_grad"}
+# Hooks on gradients, which are none here.
+_LISTENING = ("register_hook", "retain_grad")
 _STRIDED = ("as_strided", "stride", "data_ptr", "storage", "untyped_storage", "storage_offset")
 
 __all__ = ["Backprop", "recording"]
@@ -107,6 +111,8 @@ class Backprop(TorchFunctionMode):
         name = operators.name(func)
         if name in _FACTS:
             return func(*args, **(kwargs or {}))
+        if name in _LISTENING:
+            return RemovableHandle(OrderedDict())  # of which nothing is ever called
         is_on = self._kept.leave()
         try:
             return self._called(func, name, args, kwargs or {})

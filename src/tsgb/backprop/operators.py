@@ -32,8 +32,25 @@ _SYNONYMS = {
     "arctan": "atan",
     "negative": "neg",
     "expit": "sigmoid",
+    # Of exported graphs.
+    "slice": "narrow",
+    "im2col": "unfold",
+    "col2im": "fold",
+    "grid_sampler": "grid_sample",
+    **{
+        f"upsample_{how}": "interpolate"
+        for how in ("linear1d", "bilinear2d", "bilinear2d_aa", "trilinear3d", "bicubic2d", "bicubic2d_aa")
+    },
+    **{f"upsample_nearest{exact}{n}d": "interpolate" for exact in ("", "_exact") for n in (1, 2, 3)},
 }
 
+# Arguments of torch's own norms, as exported graphs call them; functional's have the same names in another order.
+_TORCHS = {
+    "batch_norm": ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    "instance_norm": ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+}
 
 # Types that hold no tensors; a sequence of nothing else need not be gone through.
 _SIMPLE = frozenset({int, float, bool, str, type(None)})
@@ -119,11 +136,12 @@ def read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     inplace = (args[0] if args else kwargs.get("input")) if spelled.is_inplace else None
     if spelled.arguments or "inplace" in kwargs:
         args, inplace = _bound(args, kwargs, spelled.arguments, inplace)
+    if spelled.name in _TORCHS and not inspect.isfunction(function):
+        names = _TORCHS[spelled.name]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}  # and whether to use cudnn, which is torch's to know
+        args, kwargs = (), {name: given[name] for name in names if name in given}
     if spelled.name in _TRAINING:
         _refuse_training(spelled.name, args, kwargs)
-    if function is torch.batch_norm or (spelled.name == "batch_norm" and isinstance(function, torch._ops.OpOverload)):
-        x, weight, bias, mean, var, training, momentum, eps = args[:8]
-        args, kwargs = (x, mean, var, weight, bias, training, momentum, eps), {}
     if "input" in kwargs:
         args = (kwargs.pop("input"), *args)
     if len(args) == 1 and "other" in kwargs:
@@ -240,13 +258,16 @@ _TRAINING = {
     "dropout2d": 2,
     "dropout3d": 2,
     "alpha_dropout": 2,
+    "feature_dropout": 2,
+    "feature_alpha_dropout": 2,
+    "native_dropout": 2,
     "rrelu": 3,
 }
 
 
 def _refuse_training(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     position = _TRAINING[name]
-    training = args[position] if len(args) > position else kwargs.get("training", False)
+    training = args[position] if len(args) > position else kwargs.get("training", kwargs.get("train", False))
     batch = name == "batch_norm"
     rate = 1 if batch or name == "rrelu" else args[1] if len(args) > 1 else kwargs.get("p", 1)
     if training and rate != 0:
@@ -263,8 +284,8 @@ def _depends(value: Any) -> bool:
 
 def _commuted(call: Call) -> Call:
     """``c + x`` as ``x + c``."""
-    if len(call.args) == 2 and not _depends(call.args[0]) and not call.kwargs:
-        return replace(call, args=call.args[::-1])
+    if len(call.args) == 2 and not _depends(call.args[0]) and call.kwargs in ({}, {"alpha": 1}):
+        return replace(call, args=call.args[::-1], kwargs={})
     return call
 
 
@@ -303,6 +324,17 @@ def _added_to_product(call: Call) -> Call:
     return call
 
 
+def _convolved(call: Call) -> Call:
+    """An exported graph's ``convolution`` as ``conv2d`` or the like, or as a transposed one."""
+    if len(call.args) != 9 or call.kwargs:
+        return call
+    x, weight, bias, stride, padding, dilation, is_transposed, output_padding, groups = call.args
+    if is_transposed:
+        arguments = (x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return Call(f"conv_transpose{weight.dim() - 2}d", arguments, {})
+    return Call(f"conv{weight.dim() - 2}d", (x, weight, bias, stride, padding, dilation, groups), {})
+
+
 def _ordered(call: Call) -> Call:
     """``x.permute(0, 2, 1)`` with its dimensions as one argument."""
     if len(call.args) > 1 and isinstance(call.args[1], int):
@@ -319,5 +351,6 @@ _SWAPS: dict[str, Callable[[Call], Call]] = {
     "matmul": _multiplied_by_weight,
     "mm": _multiplied_by_weight,
     "addmm": _added_to_product,
+    "convolution": _convolved,
     "permute": _ordered,
 }

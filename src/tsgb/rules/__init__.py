@@ -17,7 +17,7 @@ from .classic import (
     excitation_head,
     guided,
 )
-from .extensions import conv_transposed
+from .extensions import conv_transposed, glu
 from .formulas import (
     activation,
     avg_pool,
@@ -83,6 +83,7 @@ __all__ = [
     "excitation",
     "excitation_head",
     "gate",
+    "glu",
     "gradient",
     "gradient_head",
     "guided",

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .formulas import shared
 
-__all__ = ["conv_transposed"]
+__all__ = ["conv_transposed", "glu"]
 
 
 def conv_transposed(
@@ -51,7 +52,6 @@ def conv_transposed(
         (N, C, *in), of the type of ``x``. The sums of ``x * grad_x`` and ``o * grad`` agree wherever n > 0.
 
     Example:
-        >>> import torch
         >>> x, weight = torch.rand(1, 3, 4, 4), torch.randn(3, 2, 2, 2)
         >>> o = functional.conv_transpose2d(x, weight, stride=2)
         >>> grad_x = conv_transposed(torch.ones_like(o), x, weight, stride=2)
@@ -66,3 +66,24 @@ def conv_transposed(
     if o is None:
         o = function(x, weight, bias, *geometry)
     return shared(grad * o, x, weight, groups, lambda size, ones: function(size, ones, None, *geometry))
+
+
+def glu(grad: Tensor, x: Tensor, dim: int = -1) -> Tensor:
+    """Gated linear unit, ``a * sigmoid(b)`` of the halves of x: relevance goes to the signal a, as in `gate`.
+
+    ::
+
+        grad_a = grad * sigmoid(b)          grad_b = 0
+
+    Args:
+        grad: arriving at the output. ``x``: the input, twice as long along ``dim``.
+
+    Returns:
+        The shape of ``x``.
+
+    Example:
+        >>> glu(torch.ones(1), torch.tensor([3.0, 0.0]))
+        tensor([0.5000, 0.0000])
+    """
+    opened = x.chunk(2, dim)[1].sigmoid()
+    return torch.cat([grad * opened, torch.zeros_like(opened)], dim)

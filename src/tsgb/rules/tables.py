@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .extensions import conv_transposed
+from .extensions import conv_transposed, glu
 from .formulas import (
     activation,
     avg_pool,
@@ -170,7 +170,7 @@ PAPER: Table = _Named(
     {
         **_KEPT,
         **_EXTENSIONS,
-        **dict.fromkeys(ACTIVATIONS, ORDINARY),
+        **dict.fromkeys((*ACTIVATIONS, functional.glu), ORDINARY),
         **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus, functional.softmax), ORDINARY),
         **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
         **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
@@ -191,6 +191,7 @@ PIXELS: Table = _Named(
         **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
         **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
         functional.batch_norm: partial(shift, function=functional.batch_norm),
+        functional.glu: glu,
         CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
         GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
         HEAD: _head_table("contributions"),
