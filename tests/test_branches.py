@@ -270,7 +270,11 @@ ZEROS = {
         biased(nn.BatchNorm2d(6)),
     ],
     "pruned batch norm before group norm": lambda: [emptied(nn.BatchNorm2d(6)), biased(nn.GroupNorm(3, 6))],
-    "a shift of zeros twice": lambda: [emptied(nn.BatchNorm2d(6)), emptied(nn.BatchNorm2d(6)), biased(nn.BatchNorm2d(6))],
+    "a shift of zeros twice": lambda: [
+        emptied(nn.BatchNorm2d(6)),
+        emptied(nn.BatchNorm2d(6)),
+        biased(nn.BatchNorm2d(6)),
+    ],
     "a pruned linear layer before layer norm": lambda: [Last(emptied(nn.Linear(6, 6)), biased(nn.LayerNorm(6)))],
     "groups of which one sees nothing": lambda: [
         nn.Conv2d(6, 6, 1, groups=6, bias=False),

@@ -402,7 +402,7 @@ def test_of_several_inputs_each_has_its_relevance():
     assert all(torch.isfinite(m).all() and m.any() for m in e.maps)
 
 
-class Beside(nn.Module):
+class Tabled(nn.Module):
     """An image and what a table says of it; ``is_mixed``: what is made of the latter also weighs the channels."""
 
     def __init__(self, is_mixed):
@@ -421,7 +421,7 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_what_has_no_positions_goes_past_where_classes_compete(is_mixed):
     torch.manual_seed(0)
-    model, inputs = Beside(is_mixed).double().eval(), (torch.rand(2, 3, 9, 9).double(), torch.rand(2, 2).double())
+    model, inputs = Tabled(is_mixed).double().eval(), (torch.rand(2, 3, 9, 9).double(), torch.rand(2, 2).double())
     e = tsgb.explain(model, inputs, [[0, 2], [1, 1]])
     for k in range(2):
         one = tsgb.explain(model, inputs, e.targets[:, k], rules=rules.plain(DEFAULT))

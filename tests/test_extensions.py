@@ -225,8 +225,8 @@ STEPS = {
     "batch norm": (
         lambda net, x: net.norm(x),
         lambda net, x: torch.batch_norm(
-            x, *of(net), net.norm.running_mean, running_var=net.norm.running_var, training=False, momentum=0.1, eps=1e-5,
-            cudnn_enabled=False,
+            x, *of(net), net.norm.running_mean, running_var=net.norm.running_var, training=False, momentum=0.1,
+            eps=1e-5, cudnn_enabled=False,
         ),
     ),
     "upsampling": (

@@ -53,7 +53,6 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
     """
     if reading.evidence is None:
         return None
-    size = image.shape[2:]
     coarse = [field for field in reading.fields if field.dim() == image.dim() and field.shape[1] == len(image)]
     speaks_for, against = reading.evidence
     if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension

@@ -68,16 +68,14 @@ def mark(node: Node, run: object, is_of_image: bool) -> None:
 
 def is_of(node: Node, run: object) -> bool:
     """Tell whether a node comes from an image of a forward, and is no older, of a graph that the model kept."""
+    if _marked(node, run) is None:
+        mark(node, run, any(_marked(found, run) for found in walk(node, lambda found: _marked(found, run) is not None)))
+    return bool(_marked(node, run))
+
+
+def _marked(node: Node, run: object) -> bool | None:
     known, is_of_image = notes(node).get(_RUN, (None, False))
-    if known is not run:
-        marks = [notes(found).get(_RUN, (None, False)) for found in walk(node, lambda found: _is_marked(found, run))]
-        is_of_image = (run, True) in marks
-        mark(node, run, is_of_image)
-    return is_of_image
-
-
-def _is_marked(node: Node, run: object) -> bool:
-    return notes(node).get(_RUN, (None, False))[0] is run
+    return is_of_image if known is run else None
 
 
 def name(node: Node) -> str:

@@ -119,9 +119,9 @@ def _convolution(
     fits = x.shape[1] == weight.shape[1] * groups and min(count) > 0 and x.device == weight.device
     # Weights more than values of the output take longer to read, and to scale, than the output.
     is_heavy = x.shape[0] * weight.shape[0] * math.prod(count) < weight.numel() and not is_traced()
-    # An output that is 0 has no relevance, though a shift after it hands some on, but where the table has it carry that.
-    # Where no weight is 0 this is so only where nothing is seen, and lost anyway; unless groups share as one, of which
-    # one sees nothing and others do.
+    # An output that is 0 has no relevance, though a shift after it hands some on, but where the table has it carry
+    # that. Where no weight is 0 this is so only where nothing is seen, and lost anyway; unless groups share as one, of
+    # which one sees nothing and others do.
     with untraced():
         is_apart = conv.is_lumped and groups > 1
         may_be_zero = not conv.carries and _may_be_zero(weight, bias, is_heavy or is_apart)
