@@ -263,6 +263,38 @@ def test_an_operator_of_torch_or_of_an_exported_graph_is_functionals(name, table
         assert not [row for row in found.coverage if row[1] is None]
 
 
+class Decoder(nn.Module):
+    """Scores of each pixel: by a convolution and its copies, or a transposed one, which may be the former's."""
+
+    def __init__(self, end):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.score, self.end = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1), end
+        self.double().eval()
+
+    def forward(self, x):
+        x, weight, bias = torch.relu(self.b(torch.relu(self.a(x)))), self.score.weight, self.score.bias
+        if self.end == "transposed":
+            return functional.conv_transpose2d(x, weight.transpose(0, 1).repeat(1, 1, 2, 2), bias, 2)
+        if self.end == "enlarged":
+            return functional.conv_transpose2d(
+                self.score(x), torch.ones_like(weight[:, :1]).repeat(1, 1, 2, 2), None, 2, groups=4
+            )
+        return functional.interpolate(self.score(x), scale_factor=2.0)
+
+
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS, rules.PAPER], ids=["DEFAULT", "PIXELS", "PAPER"])
+@pytest.mark.parametrize("end", ["transposed", "enlarged"])
+def test_a_transposed_convolution_is_a_head_or_enlarges_what_one_says(end, table):
+    x = torch.rand(2, 3, 9, 10, dtype=torch.float64)
+    expected, found = (
+        tsgb.explain(Decoder(how), x, lambda logits: logits[:, 1].mean((1, 2)), rules=table) for how in ("copied", end)
+    )
+    assert torch.allclose(found.logits, expected.logits)
+    assert expected.maps.any()
+    assert relative(found.maps, expected.maps) < 1e-9
+
+
 RANDOM = {
     "feature dropout": lambda x: torch.feature_dropout(x, 0.5, True),
     "feature alpha dropout": lambda x: functional.feature_alpha_dropout(x, 0.5, True),

@@ -106,6 +106,31 @@ def test_heads_are_their_twins(split, signed, f):
     assert relative(rows.movedim(-1, 1), expected) < 1e-12
 
 
+@pytest.mark.parametrize("split", ["contributions", "weights"])
+def test_a_transposed_head_is_its_twin(split):
+    """Each place of the kernel writes on other positions: it is a convolution of one, at a quarter of the output."""
+    x, weight, grad = double(2, 5, 3, 2), double(5, 4, 2, 2), double(2, 4, 6, 4)
+    wide = weight.movedim(0, -1).permute(1, 2, 0, 3).reshape(16, 5, 1, 1)  # a class for each place
+    apart = torch.stack([grad[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 1).flatten(1, 2)
+    parts = {
+        name: functional.conv2d(x.clamp(min=0), wide.clamp(**side))
+        + functional.conv2d(x.clamp(max=0), wide.clamp(**other))
+        for name, side, other in (("for", {"min": 0}, {"max": 0}), ("against", {"max": 0}, {"min": 0}))
+    }
+    if split == "weights":
+        parts = {"for": functional.conv2d(x, wide.clamp(min=0)), "against": functional.conv2d(x, wide.clamp(max=0))}
+    sign = torch.where(grad.sum((2, 3), keepdim=True) < 0, -1, 1).repeat(1, 4, 1, 1)
+    z = {name: (sign * apart * o).sum((2, 3)).reshape(2, 4, 4).sum(1).repeat(1, 4) for name, o in parts.items()}
+    beta = (0.75 * z["for"] / z["against"].abs())[:, :, None, None] * apart
+    w, expected = wide[:, :, 0, 0], torch.zeros_like(x)
+    for c in range(5):
+        for n in range(2):
+            for p in range(16):
+                value = x[n, c] if split == "contributions" else torch.ones(3, 2)
+                expected[n, c] += w[p, c] * torch.where(w[p, c] * value > 0, apart[n, p], beta[n, p])
+    assert relative(rules.conv_transposed_head(grad, x, weight, None, 2, f=0.75, split=split), expected) < 1e-12
+
+
 def test_a_head_with_a_larger_kernel_sums_over_all_its_windows():
     x, weight, grad = double(1, 3, 5, 5).abs(), double(2, 3, 3, 3), torch.zeros(1, 2, 3, 3, dtype=torch.float64)
     grad[:, 1] = 1 / 9

@@ -248,17 +248,17 @@ class Backprop(TorchFunctionMode):
             return None
         if depending > 1:
             call = replace(call, args=(signals[0], *mapped(_held, call.args[1:])), kwargs=mapped(_held, call.kwargs))
-        if call.name not in self._heads:
+        is_transposed = function in rules.TRANSPOSED
+        if call.name not in self._heads or (is_transposed and operators.keeps_channels(call)):
             return _ruling(call, function, rule), call
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
         bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-        on_vector, is_linear = operators.on_vector(signals[0], weight), weight.dim() == 2
-        is_whole = not on_vector and (is_linear or signals[0].shape[1] == weight.shape[1])
+        on_vector, is_linear = not is_transposed and operators.on_vector(signals[0], weight), weight.dim() == 2
+        is_whole = not (on_vector or is_transposed) and (is_linear or signals[0].shape[1] == weight.shape[1])
         is_lumped = not on_vector and not is_whole and form(rule) is rules.conv_lumped
         roles = {
             "on_vector": on_vector,
             "is_linear": is_linear,
-            "channels": len(weight),
             "is_whole": self._is_reading and is_whole,
             "carries": is_lumped and bias is None and bool(self._constant),
         }

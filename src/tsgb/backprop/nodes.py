@@ -46,7 +46,6 @@ class Ruling:
     head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
     on_vector: bool = False
     is_linear: bool = False
-    channels: int = 0  # of the output of an operator that carries weights
     is_whole: bool = False  # of a convolution: whether it shares one number a position, not one for each group
     reading: Reading | None = None  # what notes that number
     carries: bool = False  # of a convolution: whether a 0 of its output shares what a shift right after it gave it

@@ -235,6 +235,18 @@ def on_vector(x: Tensor, weight: Tensor) -> bool:
     return positions.numel() == 1
 
 
+def keeps_channels(call: Call) -> bool:
+    """Tell a transposed convolution with as many channels before as after: above the head it enlarges what that says.
+
+    Example:
+        >>> keeps_channels(Call("conv_transpose2d", (torch.ones(1, 4, 2, 2), torch.ones(4, 1, 2, 2)), {"groups": 4}))
+        True
+    """
+    weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
+    groups = call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)
+    return bool(weight.shape[0] == weight.shape[1] * groups)
+
+
 def _bound(
     args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...], inplace: Tensor | None
 ) -> tuple[tuple[Any, ...], Tensor | None]:

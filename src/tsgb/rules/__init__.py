@@ -28,7 +28,7 @@ from .formulas import (
     linear,
     shift,
 )
-from .heads import conv_head, gradient, gradient_head, linear_head, selectivity
+from .heads import conv_head, conv_transposed_head, gradient, gradient_head, linear_head, selectivity
 from .maps import claims, depths, rivalry
 from .tables import (
     ACTIVATIONS,
@@ -44,6 +44,7 @@ from .tables import (
     PIXELS,
     RELUS,
     RIVALS,
+    TRANSPOSED,
     F,
     Table,
     plain,
@@ -67,6 +68,7 @@ __all__ = [
     "PIXELS",
     "RELUS",
     "RIVALS",
+    "TRANSPOSED",
     "F",
     "Table",
     "activation",
@@ -78,6 +80,7 @@ __all__ = [
     "conv_head",
     "conv_lumped",
     "conv_transposed",
+    "conv_transposed_head",
     "deconvnet",
     "depths",
     "excitation",

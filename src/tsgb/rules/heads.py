@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..tracing import holds, is_traced
 from .formulas import convolution, linearised, product
 
-__all__ = ["Split", "conv_head", "gradient", "gradient_head", "linear_head", "selectivity"]
+__all__ = ["Split", "conv_head", "conv_transposed_head", "gradient", "gradient_head", "linear_head", "selectivity"]
 
 Split = Literal["contributions", "weights"]
 
@@ -113,6 +113,42 @@ def conv_head(
     args = (None, stride, padding, dilation, groups)
     positions = tuple(range(2, x.dim()))
     return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, positions)
+
+
+def conv_transposed_head(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+    *,
+    f: float,
+    split: Split = "contributions",
+) -> Tensor:
+    """TSGB-FC where the head is a transposed convolution, as at the end of a decoder: see `conv_head`.
+
+    Args:
+        grad: (N, O, *out), arriving at the output. ``x``: (N, C, *in). ``weight``: (C, O / groups, *k).
+        bias: (O,) or None, not read. The rest as in ``torch.nn.functional.conv_transpose2d``.
+        f: the fraction, usually 0..1. ``split``: see `linear_head`.
+
+    Returns:
+        (N, C, *in).
+
+    Example:
+        >>> x, weight, grad = torch.rand(1, 5, 4, 4), torch.randn(5, 3, 1, 1), torch.zeros(1, 3, 4, 4)
+        >>> grad[:, 1] = 1 / 16
+        >>> same = conv_head(grad, x, weight.transpose(0, 1), f=0.75)
+        >>> torch.allclose(conv_transposed_head(grad, x, weight, f=0.75), same, atol=1e-6)
+        True
+    """
+    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[weight.dim() - 3]
+    args = (None, stride, padding, output_padding, groups, dilation)
+    return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, tuple(range(2, x.dim())))
 
 
 def gradient(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:

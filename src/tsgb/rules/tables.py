@@ -36,7 +36,7 @@ from .formulas import (
     linear,
     shift,
 )
-from .heads import Split, conv_head, gradient_head, linear_head, selectivity
+from .heads import Split, conv_head, conv_transposed_head, gradient_head, linear_head, selectivity
 from .maps import depths, rivalry
 
 Table = dict[Any, Any]
@@ -104,6 +104,9 @@ ACTIVATIONS = (
     torch.pow,
 )
 
+#: Transposed convolutions.
+TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+
 # Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
 _KEEPING = (
     (torch.add, torch.sub, torch.rsub, torch.neg, torch.mul, torch.div, torch.sum, torch.mean, torch.nanmean),
@@ -146,7 +149,8 @@ def _head_table(split: Split) -> Table:
     convolutions = dict.fromkeys(
         (functional.conv1d, functional.conv2d, functional.conv3d), partial(conv_head, split=split)
     )
-    return {functional.linear: partial(linear_head, split=split), **convolutions}
+    transposed = dict.fromkeys(TRANSPOSED, partial(conv_transposed_head, split=split))
+    return {functional.linear: partial(linear_head, split=split), **convolutions, **transposed}
 
 
 # Operators of which the paper does not speak, with a rule of the same kind as those it speaks of.
@@ -159,9 +163,7 @@ _NORMS = (
 )
 _EXTENSIONS: Table = {
     **{norm: partial(shift, function=norm) for norm in _NORMS},
-    **dict.fromkeys(
-        (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d), conv_transposed
-    ),
+    **dict.fromkeys(TRANSPOSED, conv_transposed),
 }
 
 #: The method as the authors run it.
