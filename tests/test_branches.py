@@ -291,3 +291,66 @@ def test_what_a_shift_makes_of_zeros_has_no_relevance_in_either_form(name, table
     net, images = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *ZEROS[name](), *head).eval(), torch.rand(2, 3, 12, 12)
     found, plainly = (tsgb.explain(net, images, 1, rules=form) for form in (table, rules.plain(table)))
     assert relative(found.maps, plainly.maps) < 1e-4
+
+
+class ByImage(nn.Module):
+    """A convolution whose weights depend on the image: of all images at once, side by side, as groups."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups, self.route = groups, nn.Linear(6, 2)
+        self.weight = nn.Parameter(torch.randn(2, 6 * (6 // groups) * 9))
+
+    def forward(self, x):
+        n, c, height, width = x.shape
+        weight = (torch.sigmoid(self.route(mean(x))) @ self.weight).reshape(n * c, c // self.groups, 3, 3)
+        x = functional.pad(x.reshape(1, n * c, height, width), (1, 1, 1, 1))
+        return functional.conv2d(x, weight, groups=n * self.groups).reshape(n, c, height, width)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("table", TABLES)
+def test_images_side_by_side_keep_their_relevance(groups, table):
+    def forward(net, x):
+        return net.head(mean(functional.relu(net.c(functional.relu(net.by_image(functional.relu(net.a(x))))))))
+
+    net, images = Branched(forward), torch.rand(3, 3, 16, 16) * torch.tensor([1, 0.2, 5])[:, None, None, None]
+    net.by_image = ByImage(groups)
+    found = tsgb.explain(net, images, [[0, 1]] * 3, rules=table)
+    for n in range(3):
+        assert relative(found.maps[n], tsgb.explain(net, images[n : n + 1], [[0, 1]], rules=table).maps[0]) < 1e-4
+    assert relative(found.maps, tsgb.explain(net, images, [[0, 1]] * 3, rules=rules.plain(table)).maps) < 1e-4
+
+
+def test_images_one_after_the_other_are_not_side_by_side():
+    def forward(net, x):
+        outs = [mean(functional.relu(net.by_channel(functional.relu(net.a(one))))) for one in x.split(1)]
+        return net.head(torch.cat(outs))
+
+    net, images = Branched(forward), torch.rand(3, 3, 16, 16)
+    net.by_channel = nn.Conv2d(6, 6, 3, groups=6)
+    found = tsgb.explain(net, images, [1] * 3, rules=rules.PAPER).maps
+    assert relative(found[0], tsgb.explain(net, images[:1], 1, rules=rules.PAPER).maps[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("shifts_image", "forwards"), [(False, 1), (True, 2)])
+def test_zeros_are_filled_where_the_image_itself_is_shifted(shifts_image, forwards):
+    def forward(net, x):
+        calls.append(x)
+        x = functional.relu(net.a(x - 0.5 if shifts_image else x))
+        return net.head(mean(functional.relu(net.b(x) + 0.1)))
+
+    net, images, calls = Branched(forward), torch.rand(1, 3, 16, 16), []
+    images[..., 3, 4] = 0
+    tsgb.explain(net, images, 1)
+    assert len(calls) == forwards
+
+
+def test_what_f_balances_in_one_position_is_told():
+    net = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), nn.Flatten(), nn.Linear(2, 2, bias=False)).eval()
+    nn.init.constant_(net[0].weight, 0.5)
+    net[2].weight.data = torch.tensor([[1.0, -1.0], [0.5, -1.0]])
+    images = torch.ones(1, 1, 2, 2)
+    ((reason, _),) = tsgb.explain(net, images, [[0, 1]], f=1.0, rules=rules.PIXELS).why_empty
+    assert "give f=0.75" in reason
+    assert tsgb.explain(net, images, 0, f=0.75, rules=rules.PIXELS).why_empty == [[None]]

@@ -208,6 +208,14 @@ def of(net):
     return net.norm.weight, net.norm.bias
 
 
+def by_erf(x):
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def by_tanh(x):
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 NONE = (None, None)
 STEPS = {
     "group norm": (
@@ -244,6 +252,18 @@ STEPS = {
     "gated linear unit": (
         lambda net, x: functional.glu(x - 0.1, 1),
         lambda net, x: (x - 0.1).chunk(2, 1)[0] * (x - 0.1).chunk(2, 1)[1].sigmoid(),
+    ),
+    "gelu": (
+        lambda net, x: functional.gelu(x - 0.2),
+        lambda net, x: by_erf(x - 0.2),
+    ),
+    "gelu of tanh": (
+        lambda net, x: functional.gelu(x - 0.2, approximate="tanh"),
+        lambda net, x: by_tanh(x - 0.2),
+    ),
+    "RMS norm": (
+        lambda net, x: functional.rms_norm(x.movedim(1, -1), (8,), net.norm.weight, 1e-5).movedim(-1, 1),
+        lambda net, x: x * torch.rsqrt(x.square().mean(1, True) + 1e-5) * net.norm.weight[:, None, None],
     ),
     "constant": (lambda net, x: x + 0.3, lambda net, x: torch.add(torch.tensor(0.3, dtype=torch.float64), x, alpha=1)),
     "cut": (lambda net, x: x[:, :, 1:], lambda net, x: x.narrow(2, 1, x.shape[2] - 1)),

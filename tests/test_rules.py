@@ -106,6 +106,15 @@ def test_heads_are_their_twins(split, signed, f):
     assert relative(rows.movedim(-1, 1), expected) < 1e-12
 
 
+def test_images_side_by_side_are_lumped_each_by_itself():
+    x, weight, grad = double(3, 4, 5, 5), double(6, 2, 3, 3), double(3, 6, 5, 5)
+    apart = rules.conv_lumped(grad, x, weight, padding=1, groups=2)
+    beside = rules.conv_lumped(
+        grad.reshape(1, 18, 5, 5), x.reshape(1, 12, 5, 5), weight.repeat(3, 1, 1, 1), padding=1, groups=6, parts=3
+    )
+    assert torch.allclose(beside.reshape(x.shape), apart)
+
+
 @pytest.mark.parametrize("split", ["contributions", "weights"])
 def test_a_transposed_head_is_its_twin(split):
     """Each place of the kernel writes on other positions: it is a convolution of one, at a quarter of the output."""

@@ -309,7 +309,9 @@ def _reason(facts: Facts, inputs: tuple[Tensor, ...], n: int, is_reached: bool, 
         return f"logit cut by {what} at the head: no gradient arrives there"
     if is_reached:
         return "evidence against the target outweighs the evidence for it at every pixel"
+    balanced = "; or the evidence for and against, which f = 1 balances, meets in one position: give f=0.75"
     return (
         "no feature with evidence at the head is connected to a pixel that is not zero: the features there are all 0 "
         "(a dead ReLU, or pictures that are not prepared as the model was trained), or what they see of the image is"
+        f"{balanced if facts.f == 1 else ''}"
     )

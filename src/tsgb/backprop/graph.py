@@ -23,7 +23,9 @@ __all__ = [
     "is_centre",
     "is_known",
     "is_linear",
+    "is_near_image",
     "is_of",
+    "is_reshaped",
     "is_settled",
     "is_unseen",
     "is_weighted",
@@ -42,6 +44,7 @@ _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # key
 _OUTPUTS, _CHANNELS, _RUN = "tsgb.outputs", "tsgb.channels", "tsgb.run"
 
 _SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
+_SCALING = {"mul", "div", "neg"}  # of one operand that depends on the image
 
 
 def ruling_of(node: Node | None) -> Ruling | None:
@@ -78,6 +81,11 @@ def _marked(node: Node, run: object) -> bool | None:
     return is_of_image if known is run else None
 
 
+def is_near_image(node: Node | None) -> bool:
+    """Tell whether a node comes from an image without weights between."""
+    return any(not found.next_functions for found in walk(node, has_weights))
+
+
 def name(node: Node) -> str:
     """Name an operator."""
     ruling = ruling_of(node)
@@ -93,6 +101,13 @@ def has_weights(node: Node) -> bool:
     """Tell whether an operator with a rule carries weights."""
     ruling = ruling_of(node)
     return ruling is not None and ruling.head_rule is not None
+
+
+def is_reshaped(node: Node | None) -> bool:
+    """Tell whether a tensor has its shape from a view, whatever was padded since."""
+    while node is not None and name(node) == "pad":
+        node = node.next_functions[0][0]
+    return node is not None and name(node) in ("view", "reshape", "flatten")
 
 
 def is_settled(node: Node) -> bool:
@@ -245,10 +260,13 @@ def _comes_from(b: Tensor, a: Tensor) -> bool:
 
 
 def _origin(tensor: Tensor) -> tuple[Node | None, int]:
-    """Where a tensor's values were made, which copies and views of it only hand on."""
+    """Where a tensor's values were made, which copies and views of it only hand on, and constant factors scale."""
     node, place = tensor.grad_fn, tensor.output_nr
-    while node is not None and name(node) in _SAME and len(node.next_functions) == 1:
-        node, place = node.next_functions[0]
+    while node is not None and name(node) in _SAME | _SCALING:
+        below = [edge for edge in node.next_functions if edge[0] is not None]
+        if len(below) != 1:
+            break
+        node, place = below[0]
     return node, place
 
 

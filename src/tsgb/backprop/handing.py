@@ -201,6 +201,9 @@ class Convolution(Handing):
     def _grouped(self, parts: Sequence[Part]) -> Part:
         sizes = self._sizes()
         size = _grouped(sizes, self._fields, 1)
+        if self.reading is not None:  # each field is an image's
+            shared = _grouped(dense(parts), self._fields, 2)
+            self.reading.note((shared if self._has_bias else shared * (self._windows.sums(size, EPS) > EPS)).squeeze(1))
         if self.below == SUMS:
             at_once = fields_of(parts) is not None and (is_traced() or classes_of(parts) >= MANY)
             sums = self._sums_at_once if at_once else self._sums

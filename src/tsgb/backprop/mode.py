@@ -82,7 +82,8 @@ class Backprop(TorchFunctionMode):
         self._is_reading = rules.RIVALS in table or rules.MAP in table
         self.coverage = Coverage()
         self._run: object | None = None  # what marks the nodes of this forward, once an image has entered
-        self.has_shifts = False  # whether a constant was added to what comes from the image
+        self.has_shifts = False  # whether a constant was added to what comes from the image without weights between
+        self._count = 0  # of images
         self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
 
     def enter(self, leaf: Tensor, form: torch.memory_format, whole: bool) -> Tensor:
@@ -101,7 +102,7 @@ class Backprop(TorchFunctionMode):
             return self._entered(Handed.apply(Job(ruling, copy, lambda _: Image(takes), False), leaf))  # type: ignore[no-untyped-call]
 
     def _entered(self, image: Tensor) -> Tensor:
-        self._run = self._run or object()
+        self._run, self._count = self._run or object(), len(image)
         graph.mark(image.grad_fn, self._run, True)  # type: ignore[arg-type]
         return image
 
@@ -143,6 +144,8 @@ class Backprop(TorchFunctionMode):
                 return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
         met = self._meet(call, depending)
+        if met is not None and not self.has_shifts and form(met[0].rule) is rules.shift:
+            self.has_shifts = graph.is_near_image(met[1].args[0].grad_fn)
         self.folding.meet(call.name)
         if self._is_fine(call, met):
             with torch.autocast(call.args[0].device.type, enabled=False):
@@ -230,14 +233,13 @@ class Backprop(TorchFunctionMode):
             if graph.is_linear(signals[0].grad_fn):
                 return None  # the bias of a linear layer, in another spelling
             function, rule = self._constant[call.name]
-            self.has_shifts = True
             return _ruling(call, function, rule), call
         if len(signals) == 2 == len(call.args) and not self.in_target:
             held, table = None, self._products
             if call.name in self._products:
                 held = graph.gate(signals[0], signals[1], self._bending) if call.name != "div" else signals[1]
             elif call.name == "sub" and "sub" in self._constant and graph.is_centre(*signals):
-                held, table, self.has_shifts = signals[1], self._constant, True
+                held, table = signals[1], self._constant
             if held is not None:
                 signal = signals[0] if held is signals[1] else signals[1]
                 function, rule = table[call.name]
@@ -253,13 +255,20 @@ class Backprop(TorchFunctionMode):
             return _ruling(call, function, rule), call
         weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
         bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-        on_vector, is_linear = not is_transposed and operators.on_vector(signals[0], weight), weight.dim() == 2
-        is_whole = not (on_vector or is_transposed) and (is_linear or signals[0].shape[1] == weight.shape[1])
-        is_lumped = not on_vector and not is_whole and form(rule) is rules.conv_lumped
+        x, is_linear = signals[0], weight.dim() == 2
+        on_vector = not is_transposed and operators.on_vector(x, weight)
+        groups = 1 if is_linear or is_transposed else x.shape[1] // weight.shape[1]
+        parts = 1
+        if form(rule) is rules.conv_lumped and len(x) == 1 < self._count and graph.is_reshaped(x.grad_fn):
+            # The model may have laid its images side by side, as channels of one.
+            parts = self._count if groups % self._count == 0 else 1
+            rule = partial(rule, parts=parts)
+        is_lumped = not on_vector and groups > parts and form(rule) is rules.conv_lumped
         roles = {
             "on_vector": on_vector,
             "is_linear": is_linear,
-            "is_whole": self._is_reading and is_whole,
+            "is_whole": self._is_reading and groups == parts and not (on_vector or is_transposed),
+            "parts": parts,
             "carries": is_lumped and bias is None and bool(self._constant),
         }
         return _ruling(call, function, rule, head_rule=self._heads[call.name][1], **roles), call

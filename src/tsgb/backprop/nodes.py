@@ -47,6 +47,7 @@ class Ruling:
     on_vector: bool = False
     is_linear: bool = False
     is_whole: bool = False  # of a convolution: whether it shares one number a position, not one for each group
+    parts: int = 1  # of a convolution: images that stand side by side in its channels
     reading: Reading | None = None  # what notes that number
     carries: bool = False  # of a convolution: whether a 0 of its output shares what a shift right after it gave it
     is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
@@ -145,7 +146,10 @@ class Ruled(torch.autograd.Function):
         ruling, grad = ctx.ruling, grads[0]
         if ruling.reading is not None and o is not None:
             rows = grad.gradients() if isinstance(grad, Relevance) else grad[None]
-            ruling.reading.note((single(rows) * single(o)).sum(-1 if ruling.is_linear else 2))
+            relevance = single(rows) * single(o)
+            if ruling.parts > 1:
+                relevance = relevance.reshape(len(rows), ruling.parts, -1, *o.shape[2:])
+            ruling.reading.note(relevance.sum(-1 if ruling.is_linear else 2))
         o = o if _wants(ruling.rule, "o") else None
         if isinstance(grad, Relevance):
             values = ruling.classes(grad.gradients(), x, o, others)

@@ -62,7 +62,7 @@ def start(call: Call, ruling: Ruling, keep: Keep, folding: Folding) -> Start | N
     function = ruling.function
     form = rule.func if isinstance(rule, partial) else rule  # one in its plain form is not known here
     if form in (rules.conv, rules.conv_lumped):
-        conv = _Conv(function, form is rules.conv_lumped, ruling.carries, keep, folding)
+        conv = _Conv(function, form is rules.conv_lumped, ruling.parts, ruling.carries, keep, folding)
         return _convolution(conv, call.args[0], *call.args[1:], **call.kwargs)
     if form is rules.linear:
         return _linear(keep, call.args[0], *call.args[1:], **call.kwargs)
@@ -94,6 +94,7 @@ def _is_positive(x: Tensor) -> bool:
 class _Conv:
     function: Callable[..., Tensor]
     is_lumped: bool
+    parts: int  # images side by side in the channels
     carries: bool
     keep: Keep
     folding: Folding
@@ -111,7 +112,7 @@ def _convolution(
 ) -> Start | None:
     if x.dim() < weight.dim() or x.shape[2:].numel() == 1:
         return None
-    fields, below, is_positive = 1 if conv.is_lumped else groups, _taken(x), _is_positive(x)
+    fields, below, is_positive = conv.parts if conv.is_lumped else groups, _taken(x), _is_positive(x)
     is_first = isinstance(producer(x), Image)
     windows = Windows.of(weight.shape[2:], stride, padding, dilation)
     count = windows.count(x.shape[2:])

@@ -89,10 +89,13 @@ def conv_lumped(
     groups: int = 1,
     *,
     o: Tensor | None = None,
+    parts: int = 1,
 ) -> Tensor:
     """TSGB-Conv as the authors run it: the sums of `conv` over all channels at once, whatever the groups.
 
-    Arguments, result and source as for `conv`, with which it agrees where ``groups`` is 1.
+    Arguments, result and source as for `conv`, with which it agrees where ``groups`` is 1. ``parts`` is how many images
+    stand side by side in the channels, each of which is treated by itself: models whose weights depend on the image
+    convolve all images as groups of one.
 
     Example:
         >>> x, weight, grad = torch.rand(1, 4, 5, 5), torch.randn(4, 1, 3, 3), torch.randn(1, 4, 3, 3)
@@ -102,7 +105,7 @@ def conv_lumped(
     if _is_vector(x, weight):
         return conv(grad, x, weight, bias, stride, padding, dilation, groups)
     o = _output(weight, x, bias, stride, padding, dilation, groups) if o is None else o
-    return _share(grad * o, x, weight, (stride, padding, dilation), fields=1)
+    return _share(grad * o, x, weight, (stride, padding, dilation), fields=parts)
 
 
 def batch_norm(

@@ -154,13 +154,15 @@ def _head_table(split: Split) -> Table:
 
 
 # Operators of which the paper does not speak, with a rule of the same kind as those it speaks of.
-_NORMS = (
+_NORMS: tuple[Callable[..., Any], ...] = (
     functional.group_norm,
     functional.layer_norm,
     functional.instance_norm,
     functional.local_response_norm,
     functional.normalize,
 )
+if hasattr(functional, "rms_norm"):  # since torch 2.4
+    _NORMS = (*_NORMS, functional.rms_norm)
 _EXTENSIONS: Table = {
     **{norm: partial(shift, function=norm) for norm in _NORMS},
     **dict.fromkeys(TRANSPOSED, conv_transposed),
