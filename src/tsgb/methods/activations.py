@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +15,12 @@ from torch.overrides import TorchFunctionMode
 from .. import rules
 from ..backprop import operators
 
-__all__ = ["prepared"]
+__all__ = ["prepared", "twin_of"]
 
 _BENT = {
     operators.name(function)
-    for function, rule in rules.DEFAULT.items()
-    if isinstance(rule, partial) and rule.func is rules.activation
-} | {
-    operators.name(function)
     for function in (
+        *rules.ACTIVATIONS,
         *rules.GATES,
         functional.softplus,
         functional.layer_norm,
@@ -34,7 +30,6 @@ _BENT = {
         functional.adaptive_max_pool2d,
         torch.exp,
         torch.log,
-        torch.pow,
         torch.sqrt,
         torch.maximum,
         torch.minimum,
@@ -67,13 +62,24 @@ def prepared(model: nn.Module, images: Tensor, known: tuple[type[nn.Module], ...
           (upper): ReLU()
         )
     """
+    twin = twin_of(model)
+    _replace(twin, lambda module: _Clipped(module) if isinstance(module, nn.Hardtanh) else None)
+    calls = _calls(twin, images, known)
+    _replace(twin, lambda module: _Apart(module, calls[module]) if calls[module] > 1 else None)
+    return twin
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Copy a model whose modules write nothing in place, its weights without gradients.
+
+    Example:
+        >>> twin_of(nn.ReLU(inplace=True))
+        ReLU()
+    """
     twin = copy.deepcopy(model).requires_grad_(False)
     for module in twin.modules():
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010, as no module is known to have it
-    _replace(twin, lambda module: _Clipped(module) if isinstance(module, nn.Hardtanh) else None)
-    calls = _calls(twin, images, known)
-    _replace(twin, lambda module: _Apart(module, calls[module]) if calls[module] > 1 else None)
     return twin
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from .. import rules
 from ..backprop import operators
 from ..targets import find_logits
 from ..vision import import_torchvision
+from .activations import twin_of
 
 __all__ = ["lrp"]
 
@@ -50,10 +50,7 @@ def lrp(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Ten
     from zennit.canonizers import NamedMergeBatchNorm
     from zennit.composites import EpsilonPlusFlat
 
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for module in twin.modules():
-        if getattr(module, "inplace", False) is True:
-            setattr(module, "inplace", False)  # noqa: B010, as no module is known to have it
+    twin = twin_of(model)
     composite = EpsilonPlusFlat(_STABILIZER, _STABILIZER, canonizers=[NamedMergeBatchNorm(_followed(twin, images))])
     columns = []
     with composite.context(twin) as ruled:
@@ -100,11 +97,12 @@ _SHARED = {
         *(functional.avg_pool2d, functional.adaptive_avg_pool2d, functional.interpolate),
     )
 }
-_PASSED = {
-    operators.name(function)
-    for function, rule in rules.DEFAULT.items()
-    if isinstance(rule, partial) and rule.func in (rules.activation, rules.batch_norm)
-} | {"batch_norm", "layer_norm", "group_norm", "softplus"}
+_PASSED = {operators.name(function) for function in rules.ACTIVATIONS} | {
+    "batch_norm",
+    "layer_norm",
+    "group_norm",
+    "softplus",
+}
 _WITHOUT_RULE = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm"}
 
 
