@@ -45,7 +45,7 @@ class Coverage:
         for name in self.noted - set(reached):
             del self.unruled[name, None]
 
-    def is_above(self, name: str) -> None:
+    def count_above(self, name: str) -> None:
         """Count an operator above the head, which needs no rule, as one that keeps its own gradient."""
         if self.unruled[name, None]:
             self.unruled[name, None] -= 1

@@ -179,7 +179,7 @@ class Convolution(Handing):
         if self._alive is not None:
             parts = [Dense(dense(parts).mul_(self._alive))]
         if self._fields > 1:
-            return [[self._grouped(parts)]]
+            return [[self._by_group(parts)]]
         assert self._total is not None
         relevance, n = summed(parts), self._windows.sums(self._total, EPS)
         if self.reading is not None:
@@ -198,7 +198,7 @@ class Convolution(Handing):
         values = field * single(self._input()).sign()
         return [[Gradient(values.movedim(2, -1) if self.is_last else values)]]
 
-    def _grouped(self, parts: Sequence[Part]) -> Part:
+    def _by_group(self, parts: Sequence[Part]) -> Part:
         sizes = self._sizes()
         size = _grouped(sizes, self._fields, 1)
         if self.reading is not None:  # each field is an image's

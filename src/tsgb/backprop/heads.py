@@ -64,7 +64,7 @@ class Heads:
                     "have no entry, so the head cannot be told: write the head as a linear layer or a convolution"
                 )
             self.above.append(graph.name(node))
-            coverage.is_above(graph.name(node))
+            coverage.count_above(graph.name(node))
             if ruling is not None:
                 ruling.is_ordinary = True
         if not self.rulings:

@@ -2,8 +2,8 @@
 
 A `Backprop` sees every torch call that the model makes in its thread. Where the table has a rule the operator runs as
 one autograd function whose backward is the rule; all else runs as it is. The graph that autograd builds then *is* the
-method: its gradient at the image is TSGB's. No operator is named here; the table names them, `operators` reads their
-spellings.
+method: its gradient at the image is TSGB's. No operator is named here; the table names them, `meeting` finds the rule
+of a call, `operators` reads its spelling.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,8 @@ from .coverage import Coverage
 from .folding import LATE, UNREAD, FoldedError, Folding
 from .handing import CHANNELS, SUMS, Image
 from .heads import Heads
-from .nodes import SLOT, Handed, Job, Ruled, Ruling, form
+from .meeting import Meeting
+from .nodes import Handed, Job, Ruled, Ruling, form
 from .operators import Call, mapped
 from .relevance import LostError
 from .saved import Kept, separate
@@ -72,33 +72,27 @@ class Backprop(TorchFunctionMode):
         super().__init__()
         self._kept, self._is_handing = kept, is_handing
         self.folding = Folding(table, pools)
-        self._rules, self._heads, self._constant, self._products = (
-            {operators.name(key): (key, rule) for key, rule in part.items() if callable(key)}
-            for part in (table, *(table.get(role, {}) for role in (rules.HEAD, rules.CONSTANT, rules.GATE)))
-        )
-        self._openers = {operators.name(function) for function in rules.GATES}
-        self._bending = {operators.name(function) for function in rules.ACTIVATIONS}
+        self._table = Meeting(table)
         self._f = table[rules.F] if f is None else f
-        self._is_reading = rules.RIVALS in table or rules.MAP in table
         self.coverage = Coverage()
         self._run: object | None = None  # what marks the nodes of this forward, once an image has entered
         self.has_shifts = False  # whether a constant was added to what comes from the image without weights between
         self._count = 0  # of images
         self.in_target = False  # whether what runs is a callable target, whose products keep their own derivatives
 
-    def enter(self, leaf: Tensor, form: torch.memory_format, whole: bool) -> Tensor:
+    def enter(self, leaf: Tensor, layout: torch.memory_format, whole: bool) -> Tensor:
         """Copy a leaf of the graph into the image that the model is given.
 
         Args:
-            form: the copy's memory format. ``whole``: whether the relevance of every value of the image is asked for;
+            layout: the copy's memory format. ``whole``: whether the relevance of every value of the image is asked for;
                 else it may be summed over the channels.
         """
         with torch._C.DisableTorchFunction():
             if not self._is_handing:
-                return self._entered(leaf.clone(memory_format=form))
+                return self._entered(leaf.clone(memory_format=layout))
             ruling = Ruling("image", (), {}, torch.clone, rules.ORDINARY)  # type: ignore[arg-type]
             takes = CHANNELS if whole or leaf.dim() < 3 else SUMS
-            copy = partial(leaf.detach().clone, memory_format=form)
+            copy = partial(leaf.detach().clone, memory_format=layout)
             return self._entered(Handed.apply(Job(ruling, copy, lambda _: Image(takes), False), leaf))  # type: ignore[no-untyped-call]
 
     def _entered(self, image: Tensor) -> Tensor:
@@ -143,7 +137,7 @@ class Backprop(TorchFunctionMode):
             with self._kept.watching():
                 return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
-        met = self._meet(call, depending)
+        met = self._table.meet(call, depending, self._count, self.in_target)
         if met is not None and not self.has_shifts and form(met[0].rule) is rules.shift:
             self.has_shifts = graph.is_near_image(met[1].args[0].grad_fn)
         self.folding.meet(call.name)
@@ -204,7 +198,7 @@ class Backprop(TorchFunctionMode):
                 args = (args[0].contiguous(), *args[1:])
                 self._kept.torn[args[0].untyped_storage()._cdata] = args[0].detach()
         if met is None:
-            scope.refuse(call, self._rules)
+            scope.refuse(call, self._table.known)
             with self._kept.watching():
                 output = operators.plain(func, args, kwargs)
             if not self._is_handing:
@@ -222,64 +216,13 @@ class Backprop(TorchFunctionMode):
             o = Ruled.apply(call.args[0], ruling, call.args[1:], call.kwargs)  # type: ignore[no-untyped-call]
             return self._read(call, o if call.inplace is None else call.inplace.copy_(o))
 
-    def _meet(self, call: Call, depending: int) -> tuple[Ruling, Call] | None:
-        """Find the rule that a call meets, if any: by its role among its operands, else by its name.
-
-        Of the call that comes back the first operand alone depends on the image; what else did is held constant.
-        ``depending``: how many operands depend on it.
-        """
-        signals = [t for t in call.args[:2] if isinstance(t, Tensor) and t.requires_grad]
-        if len(signals) == 1 and call.name in self._constant and signals[0] is call.args[0]:
-            if graph.is_linear(signals[0].grad_fn):
-                return None  # the bias of a linear layer, in another spelling
-            function, rule = self._constant[call.name]
-            return _ruling(call, function, rule), call
-        if len(signals) == 2 == len(call.args) and not self.in_target:
-            held, table = None, self._products
-            if call.name in self._products:
-                held = graph.gate(signals[0], signals[1], self._bending) if call.name != "div" else signals[1]
-            elif call.name == "sub" and "sub" in self._constant and graph.is_centre(*signals):
-                held, table = signals[1], self._constant
-            if held is not None:
-                signal = signals[0] if held is signals[1] else signals[1]
-                function, rule = table[call.name]
-                call = replace(call, args=(signal, held.detach()))
-                return _ruling(call, function, rule), call
-        function, rule = self._rules.get(call.name, (None, None))
-        if function is None or not callable(rule) or not signals or signals[0] is not call.args[0]:
-            return None
-        if depending > 1:
-            call = replace(call, args=(signals[0], *mapped(_held, call.args[1:])), kwargs=mapped(_held, call.kwargs))
-        is_transposed = function in rules.TRANSPOSED
-        if call.name not in self._heads or (is_transposed and operators.keeps_channels(call)):
-            return _ruling(call, function, rule), call
-        weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
-        bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
-        x, is_linear = signals[0], weight.dim() == 2
-        on_vector = not is_transposed and operators.on_vector(x, weight)
-        groups = 1 if is_linear or is_transposed else x.shape[1] // weight.shape[1]
-        parts = 1
-        if form(rule) is rules.conv_lumped and len(x) == 1 < self._count and graph.is_reshaped(x.grad_fn):
-            # The model may have laid its images side by side, as channels of one.
-            parts = self._count if groups % self._count == 0 else 1
-            rule = partial(rule, parts=parts)
-        is_lumped = not on_vector and groups > parts and form(rule) is rules.conv_lumped
-        roles = {
-            "on_vector": on_vector,
-            "is_linear": is_linear,
-            "is_whole": self._is_reading and groups == parts and not (on_vector or is_transposed),
-            "parts": parts,
-            "carries": is_lumped and bias is None and bool(self._constant),
-        }
-        return _ruling(call, function, rule, head_rule=self._heads[call.name][1], **roles), call
-
     def _hand(self, call: Call, met: tuple[Ruling, Call] | None, run: Callable[[], Any]) -> Any:
         """Run an operator that hands relevance on; None where this one cannot."""
         kept = self._kept
         if met is not None:
             ruling, call = met
-        elif self._rules.get(call.name, (None, None))[1] == rules.ORDINARY and call.args:
-            ruling = _ruling(call, self._rules[call.name][0], self._rules[call.name][1])
+        elif (kept_on_purpose := self._table.ordinary(call)) is not None:
+            ruling = kept_on_purpose
         else:
             return None
         begun = start(call, ruling, kept.pack, self.folding)
@@ -319,7 +262,7 @@ class Backprop(TorchFunctionMode):
 
     def _read(self, call: Call, output: Any) -> Any:
         """Keep what has positions, as the classes may compete there."""
-        for tensor in operators.tensors(output) if self._is_reading else ():
+        for tensor in operators.tensors(output) if self._table.is_reading else ():
             if tensor.requires_grad:
                 graph.keep_output(tensor, self._kept.pack(tensor), operators.tensors((call.args, call.kwargs)))
         return output
@@ -335,7 +278,7 @@ class Backprop(TorchFunctionMode):
     def _note(self, call: Call, output: Any) -> Any:
         """Remember an operator that met no rule, on the nodes of what it returned and in the coverage."""
         made = [t.grad_fn for t in operators.tensors(output) if t.requires_grad and t.grad_fn is not None]
-        known = call.name in self._rules
+        known = call.name in self._table.known
         nodes: dict[Any, None] = {}
         if call.inplace is None:  # it may be made of others, of which no torch function tells
             before = {t.grad_fn for t in operators.tensors((call.args, call.kwargs))}
@@ -355,7 +298,7 @@ class Backprop(TorchFunctionMode):
             for t in operators.tensors((call.args, call.kwargs))
         )
         for node in nodes:
-            graph.note(node, call.name, call.name in self._openers, is_weighted)
+            graph.note(node, call.name, call.name in self._table.openers, is_weighted)
         return output
 
     def find_heads(self, target: Tensor, count: int, one_each: bool = False) -> Heads:
@@ -405,22 +348,6 @@ def recording(
                 raise FoldedError
     finally:
         kept.restore_random_state()
-
-
-def _ruling(call: Call, function: Callable[..., Tensor], rule: Callable[..., Tensor], **roles: Any) -> Ruling:
-    others: list[Tensor] = []
-
-    def taken(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            others.append(tensor)
-        return SLOT
-
-    args, kwargs = mapped(taken, call.args[1:]), mapped(taken, call.kwargs) if call.kwargs else call.kwargs
-    return Ruling(call.name, args, kwargs, function, rule, others=others, **roles)
-
-
-def _held(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _is_viewable(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
