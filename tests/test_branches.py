@@ -138,6 +138,7 @@ def test_images_that_the_model_copies_have_the_map_of_the_pixels(how, count):
     net, images = Branched(how), torch.rand(count, 3, 16, 16)
     found = tsgb.explain(net, images, [[0, 1]] * count)
     assert found.maps.shape == (count, 2, 16, 16)
+    assert not found.of_all_depths
     without = {role: rule for role, rule in rules.DEFAULT.items() if role != rules.MAP}
     assert relative(found.maps, tsgb.explain(net, images, [[0, 1]] * count, rules=without).maps) < 1e-5
 
@@ -150,6 +151,7 @@ def test_an_image_has_one_map_though_the_model_takes_them_one_by_one(rows):
     images = torch.rand(3, 3, 16, 16)
     together = Branched(lambda net, x: net.head(mean(functional.relu(net.b(functional.relu(net.a(x)))))))
     found = tsgb.explain(Branched(one_by_one), images[rows], [[0, 1]] * len(images[rows]))
+    assert found.of_all_depths
     assert relative(found.maps, tsgb.explain(together, images, [[0, 1]] * 3).maps[rows]) < 1e-5
     with pytest.raises(RuntimeError, match="give it one image"):
         tsgb.compile(Branched(one_by_one), images, backend="eager")

@@ -181,6 +181,8 @@ def test_method_of_the_paper():
     usual = np.load("out/cat_0.npy")
     (paper,) = explained("cat.png", "--model", CNN, "--target", 0, "--method", "tsgb-paper")
     assert (default["rules"], default["f"], paper["rules"], paper["f"]) == ("DEFAULT", None, "PAPER", 1.0)
+    assert default["of_all_depths"]
+    assert not paper["of_all_depths"]
     assert not np.allclose(usual, np.load("out/cat_0.npy"))
 
 

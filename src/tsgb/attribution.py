@@ -186,6 +186,7 @@ def joined(parts: Sequence[Part], images: Tensor | tuple[Tensor, ...]) -> Explan
         why_empty=[reasons for part in parts for reasons in part.why_empty],
         f=parts[0].facts.f,
         images=images,
+        of_all_depths=parts[0].facts.of_all_depths,
     )
 
 

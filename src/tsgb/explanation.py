@@ -36,6 +36,8 @@ class Explanation:
         why_empty: N lists of K, for a map without positive values the reason, else None.
         f: the number f of the head's rule, None where the rules have none.
         images: the input (or tuple of inputs) explained, as it was given.
+        of_all_depths: whether the maps are made of the relevance of all depths, as `DEFAULT` asks. Else they are the
+            pixels' own: under other rules, of several inputs, and where no convolution shares anything on their grid.
     """
 
     maps: Any
@@ -45,6 +47,7 @@ class Explanation:
     why_empty: list[list[str | None]]
     f: float | None
     images: Any
+    of_all_depths: bool = False
 
     def __repr__(self) -> str:
         """Summarise: an explanation holds too many numbers to print."""

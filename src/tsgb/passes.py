@@ -78,6 +78,7 @@ class Facts:
     above: tuple[str, ...]  # operators between the head and the target
     f: float | None
     has_shifts: bool
+    of_all_depths: bool  # or of the pixels' own relevance
 
 
 @dataclass(frozen=True)
@@ -164,17 +165,20 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
         classes, is_last = seeds[start : start + step], start + step >= len(seeds)
         with torch.autocast(leaves[0].device.type, enabled=False), _once():
             parts.append(_together(request, done, heads, score, classes, are_logits, retain=not is_last))
-    facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts)
-    maps = [torch.cat(column) for column in zip(*(found for found, _ in parts), strict=True)]
+    of_all_depths = all(is_drawn for _, _, is_drawn in parts)
+    facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts, of_all_depths)
+    maps = [torch.cat(column) for column in zip(*(found for found, _, _ in parts), strict=True)]
     if unit is not None:
         maps = [values * unit.reshape(*unit.shape, *(1,) * (values.dim() - 2)) for values in maps]
-    return Pass(maps, indices, done.logits, torch.cat([arrived for _, arrived in parts])), facts
+    return Pass(maps, indices, done.logits, torch.cat([arrived for _, arrived, _ in parts])), facts
 
 
 def _together(
     request: Request, done: Forward, heads: Heads, score: Tensor, classes: Tensor, are_logits: bool, retain: bool
-) -> tuple[list[Tensor], Tensor]:
-    """Maps of each input (K, N, *) for classes that go backward together, and whether anything arrived at the head.
+) -> tuple[list[Tensor], Tensor, bool]:
+    """Maps of each input (K, N, *) for classes that go backward together; whether anything arrived, by class and image.
+
+    And whether the maps are of all depths.
 
     Args:
         heads: of the forward. ``score``: what goes backward, from the seeds ``classes``, (K, *shape of the score).
@@ -210,7 +214,7 @@ def _together(
         maps = [drawing.relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
     if reading is not None:  # of a class that nothing arrives of, what all classes share is no evidence
         maps = [drawing.where(arrived, values) for values in maps]
-    return maps, arrived
+    return maps, arrived, drawn is not None
 
 
 def plain_tensor(x: Tensor) -> Tensor:

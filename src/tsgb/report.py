@@ -182,6 +182,7 @@ def _entries(
                 "method": method,
                 "rules": METHODS[method],
                 "f": e.f,
+                "of_all_depths": e.of_all_depths,
                 "coverage": [list(row) for row in e.coverage],
                 "why_empty": e.why_empty[0][k],
                 "overlay": f"{stem}_{index}.png",
