@@ -99,38 +99,45 @@ class CompiledExplainer:
         key = (*((x.shape, x.dtype, x.device) for x in inputs), kind, casts, is_filled)
         tensors = (*inputs, target.to(inputs[0].device)) if isinstance(target, Tensor) else inputs
         with self._lock:
-            self._forget_if_changed()
-            if key in self._programs:
-                self._programs[key] = self._programs.pop(key)  # the last used comes last
-            else:
-                passed = partial(_passed, request, is_filled)
-                program = hands_on(lambda handing: _traced(passed, inputs, target, handing))
-                targets.check_range(target, program.classes)
-                traced = program.run(tensors)
-                if not _are_close(traced, hands_on(lambda handing: passed(inputs, target, handing))[0]):
-                    raise RuntimeError(
-                        "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, "
-                        "say): use tsgb.explain"
-                    )
-                if self._backend != "eager":
-                    call = torch.compile(program.graph, backend=self._backend, dynamic=False, fullgraph=True)
-                    program = replace(program, call=call)
-                    if not _are_close(program.run(tensors), traced):
-                        raise RuntimeError(
-                            f"the backend {self._backend!r} of torch.compile made code of the model's graph that gives "
-                            'another map: use tsgb.explain, or tsgb.compile(..., backend="eager")'
-                        )
-                while len(self._programs) >= _KEPT:
-                    del self._programs[next(iter(self._programs))]
-                self._programs[key] = program
+            if self._programs and self._weights != self._now():
+                self._programs.clear()
+            known = self._programs.pop(key, None)
+            program = self._made(request, inputs, target, tensors, is_filled) if known is None else known
+            while len(self._programs) >= _KEPT:
+                del self._programs[next(iter(self._programs))]
+            self._programs[key] = program  # the last used comes last
+            if known is None:
                 self._weights = self._now()
-            program = self._programs[key]
         targets.check_range(target, program.classes)
         return program.run(tensors), program.facts
 
-    def _forget_if_changed(self) -> None:
-        if self._programs and self._weights != self._now():
-            self._programs.clear()
+    def _made(
+        self,
+        request: Request,
+        inputs: tuple[Tensor, ...],
+        target: Target,
+        tensors: tuple[Tensor, ...],
+        is_filled: bool,
+    ) -> _Program:
+        """Trace and compile, and compare with `explain` what comes of it for these images."""
+        passed = partial(_passed, request, is_filled)
+        program = hands_on(lambda handing: _traced(passed, inputs, target, handing))
+        targets.check_range(target, program.classes)
+        traced = program.run(tensors)
+        if not _are_close(traced, hands_on(lambda handing: passed(inputs, target, handing))[0]):
+            raise RuntimeError(
+                "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, say): use "
+                "tsgb.explain"
+            )
+        if self._backend != "eager":
+            call = torch.compile(program.graph, backend=self._backend, dynamic=False, fullgraph=True)
+            program = replace(program, call=call)
+            if not _are_close(program.run(tensors), traced):
+                raise RuntimeError(
+                    f"the backend {self._backend!r} of torch.compile made code of the model's graph that gives another "
+                    'map: use tsgb.explain, or tsgb.compile(..., backend="eager")'
+                )
+        return program
 
     def _now(self) -> list[Any]:
         """Which weights the model has, and how often they were written to."""
