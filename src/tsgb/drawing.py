@@ -47,9 +47,10 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
         rule: the table's, see `rules.depths`. ``reading``: of the backward. ``image``: (N, C, *size).
         whole: whether each channel's share is asked for.
 
-    The positive values of a map of all depths sum to the evidence for the class that passed the gates, the negative
-    ones to the evidence against it, in logits. Where all evidence is against a class, the map is that of what speaks
-    against it, below 0. Of channels each has its share of a pixel in proportion to its size.
+    The positive values of a map of all depths sum to the evidence for the class that passed the gates, in logits; the
+    negative ones have the same scale, but sum to no more than the evidence against it. Where all evidence is against a
+    class, the map is that of what speaks against it, below 0. Of channels each has its share of a pixel in proportion
+    to its size.
     """
     if reading.evidence is None:
         return None
@@ -62,7 +63,9 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
     held = [_on_grid(rules.claims(rows, gate, **reading.options), sizes) for rows, gate in reading.contests]
     claims = [both for both in held if both is not None]
     found = sign * rule([field * sign for field in coarse], image, claims)
-    found = _summing_to(speaks_for, found.clamp(min=0)) + _summing_to(against, found.clamp(max=0))
+    raised, lowered = (_scale(*both) for both in ((speaks_for, found.clamp(min=0)), (against, found.clamp(max=0))))
+    lowered = torch.where(raised > 0, torch.minimum(raised, lowered), lowered)
+    found = found.clamp(min=0) * _each(raised, image) + found.clamp(max=0) * _each(lowered, image)
     if not whole:
         return found
     total = image.abs().sum(1, keepdim=True)
@@ -70,12 +73,9 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
     return found.unsqueeze(2) * share
 
 
-def _summing_to(evidence: Tensor, values: Tensor) -> Tensor:
-    """Values (K, N, *size) of one sign scaled to the sum (K, N); 0 where they or the sum are, or have another sign."""
-    total = values.flatten(2).sum(2)
-    return values * _each(
-        torch.where(evidence.sign() == total.sign(), evidence / torch.where(total == 0, 1, total), 0), values
-    )
+def _scale(evidence: Tensor, values: Tensor) -> Tensor:
+    """What scales values (K, N, *size) of one sign to the sum (K, N); 0 where either is 0."""
+    return evidence.abs() / values.flatten(2).sum(2).abs().clamp(min=NOTHING)
 
 
 def _each(numbers: Tensor, values: Tensor) -> Tensor:
