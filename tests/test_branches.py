@@ -356,3 +356,133 @@ def test_what_f_balances_in_one_position_is_told():
     ((reason, _),) = tsgb.explain(net, images, [[0, 1]], f=1.0, rules=rules.PIXELS).why_empty
     assert "give f=0.75" in reason
     assert tsgb.explain(net, images, 0, f=0.75, rules=rules.PIXELS).why_empty == [[None]]
+
+
+def of_two_views(net, x):
+    x = torch.cat([x, x.flip(3)]) - x.mean(0)  # each image as the others make it
+    return sum(net.head(mean(functional.relu(net.b(functional.relu(net.a(x)))))).chunk(2))
+
+
+def of_three(net, x):
+    return torch.cat([net.head(mean(functional.relu(net.b(functional.relu(net.a(x[n : n + 1])))))) for n in range(3)])
+
+
+@pytest.mark.parametrize("how", [of_two_views, of_three])
+def test_what_the_model_says_of_several_is_what_is_explained(how):
+    """Explained one by one, images may have other logits, or none."""
+    net, images = Branched(how), torch.rand(3, 3, 16, 16)
+    found = tsgb.explain(net, images)
+    assert torch.allclose(found.logits, net(images), atol=1e-5)
+    assert found.targets.flatten().tolist() == net(images).argmax(1).tolist()
+
+
+def test_a_target_may_ask_of_each_image_of_several_its_own_class():
+    def one_by_one(net, x):
+        return torch.cat([net.head(mean(functional.relu(net.b(functional.relu(net.a(one)))))) for one in x.split(1)])
+
+    labels, images = torch.tensor([2, 0, 1]), torch.rand(3, 3, 16, 16)
+    found = tsgb.explain(Branched(one_by_one), images, lambda logits: logits[range(3), labels])
+    assert found.maps.shape == (3, 1, 16, 16)
+
+
+def test_layers_that_take_images_one_by_one_have_their_fields_too():
+    def below(net, x):
+        x = torch.cat([functional.relu(net.a(one)) for one in x.split(1)])
+        return net.head(mean(functional.relu(net.b(x))))
+
+    images = torch.rand(3, 3, 16, 16)
+    together = Branched(lambda net, x: net.head(mean(functional.relu(net.b(functional.relu(net.a(x)))))))
+    found = tsgb.explain(Branched(below), images, 1)
+    assert relative(found.maps, tsgb.explain(together, images, 1).maps) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(3)])
+def test_a_filter_of_one_channel_for_each_image(bias):
+    def forward(net, x):
+        x = functional.relu(net.a(x))
+        n, c, height, width = x.shape
+        filters = torch.linspace(-1, 1, n * c * 9).reshape(n, c, 3, 3)
+        seen = functional.conv2d(x.reshape(1, n * c, height, width), filters, bias, groups=n).reshape(
+            n, 1, height - 2, -1
+        )
+        return net.head(mean(functional.relu(net.c(functional.relu(seen.expand(-1, 6, -1, -1))))))
+
+    net, images = Branched(forward), torch.rand(3, 3, 16, 16)
+    found = tsgb.explain(net, images, 1)
+    assert relative(found.maps, tsgb.explain(net, images, 1, rules=rules.plain(rules.DEFAULT)).maps) < 1e-4
+
+
+def test_a_view_within_one_image_lays_no_images_side_by_side():
+    def one_by_one(net, x):
+        outs = []
+        for one in x.split(1):
+            y = functional.relu(net.a(one))
+            y = y.view(1, 2, 3, 8, 8).transpose(1, 2).reshape(1, 6, 8, 8)
+            outs.append(mean(functional.relu(net.by_channel(y))))
+        return net.head(torch.cat(outs))
+
+    net, images = Branched(one_by_one), torch.rand(3, 3, 16, 16)
+    net.by_channel = nn.Conv2d(6, 6, 3, groups=6)
+    found = tsgb.explain(net, images, 1, rules=rules.PAPER).maps
+    assert relative(found[:1], tsgb.explain(net, images[:1], 1, rules=rules.PAPER).maps) < 1e-5
+
+
+@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS])
+def test_a_gated_signal_is_no_multiple_of_itself(table):
+    """What was computed from the signal was not computed from the gated one: their product is one of equals."""
+
+    def product(net, x, same=lambda y: y):
+        y = functional.relu(net.a(x))
+        return net.head(mean(functional.relu(net.b(same(y * torch.sigmoid(net.c(y))) * net.norm(net.c(y))))))
+
+    images = torch.rand(2, 3, 16, 16)
+    one, other = (Branched(partial(product, same=same)) for same in (lambda y: y, lambda y: y + 0))
+    assert (
+        relative(tsgb.explain(one, images, 1, rules=table).maps, tsgb.explain(other, images, 1, rules=table).maps)
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize("alone", [torch.Tensor.squeeze, lambda v: v, lambda v: v.unsqueeze(0)[0]])
+def test_a_logit_cut_in_each_image_is_told(alone):
+    def by_image(net, x):
+        features = mean(functional.relu(net.a(x)))
+        return torch.stack([functional.relu(net.head(alone(v))) for v in features])
+
+    def together(net, x):
+        return functional.relu(net.head(mean(functional.relu(net.a(x)))))
+
+    nets, images = (Branched(by_image), Branched(together)), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        for net in nets:
+            net.head.bias[1] = -100
+    found, expected = (tsgb.explain(net, images, [[0, 1]] * 2) for net in nets)
+    assert all("cut by a ReLU" in reasons[1] for reasons in found.why_empty)
+    assert torch.equal(found.maps[:, 1], expected.maps[:, 1])
+
+
+@pytest.mark.parametrize("between", [lambda y: 2 * y, lambda y: y.permute(0, 2, 3, 1)])
+def test_zeros_are_carried_right_after_their_convolution_alone(between):
+    def forward(net, x):
+        y = between(net.by_channel(functional.relu(net.a(x))))
+        if y.shape[1] == 6:
+            return net.head(mean(functional.relu(net.b(functional.relu(net.norm(y))))))
+        y = functional.layer_norm(y, (6,), None, torch.ones(6)).permute(0, 3, 1, 2)
+        return net.head(mean(functional.relu(net.b(y))))
+
+    net, images = Branched(forward), torch.rand(2, 3, 16, 16)
+    net.by_channel = nn.Conv2d(6, 6, 1, groups=6, bias=False)
+    found = tsgb.explain(net, images, 1)
+    assert relative(found.maps, tsgb.explain(net, images, 1, rules=rules.plain(rules.DEFAULT)).maps) < 1e-4
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_transposed_head_may_have_as_many_classes_as_channels(table):
+    def scored(net, x, end):
+        return end(functional.relu(net.b(functional.relu(net.a(x))))).mean((2, 3))
+
+    weight = torch.randn(6, 6, 1, 1)
+    ends = (lambda x: functional.conv_transpose2d(x, weight), lambda x: functional.conv2d(x, weight.transpose(0, 1)))
+    images = torch.rand(2, 3, 16, 16)
+    found, expected = (tsgb.explain(Branched(partial(scored, end=end)), images, 1, rules=table) for end in ends)
+    assert relative(found.maps, expected.maps) < 1e-4

@@ -18,6 +18,8 @@ from .explanation import Explanation
 from .passes import Facts, Pass, Request
 from .targets import Target
 
+_SAME = 1e-3  # of the largest logit: what lies nearer is said of an image alone as among others
+
 __all__ = ["TSGB", "explain"]
 
 _T = TypeVar("_T")
@@ -252,8 +254,21 @@ def _parts(request: Request, inputs: tuple[Tensor, ...], target: Target, batch_s
         try:
             yield _explained(request, inputs, target, rows)
         except ApartError:
-            for n in range(rows.start, rows.stop):
-                yield _explained(request, inputs, target, slice(n, n + 1))
+            yield from _apart(request, inputs, target, rows)
+
+
+def _apart(request: Request, inputs: tuple[Tensor, ...], target: Target, rows: slice) -> list[Part]:
+    """Explain images one by one, as the model takes them; together, by their pixels, if it says else of each alone."""
+    together = _explained(replace(request, apart=True), inputs, target, rows)
+    try:
+        parts = [_explained(request, inputs, target, slice(n, n + 1)) for n in range(rows.start, rows.stop)]
+    except Exception:  # the model's or the target's own, which may not be made for one image
+        return [together]
+    logits = [part.logits for part in parts if part.logits is not None]
+    if together.logits is None or not torch.equal(torch.cat([part.targets for part in parts]), together.targets):
+        return [together]
+    error = (torch.cat(logits).flatten(1) - together.logits.flatten(1)).abs().amax()
+    return parts if error <= _SAME * together.logits.abs().amax() else [together]
 
 
 def _explained(request: Request, inputs: tuple[Tensor, ...], target: Target, rows: slice) -> Part:

@@ -55,6 +55,7 @@ class Request:
     kwargs: dict[str, Any] | None = None
     whole: bool = False  # whether the relevance of every value of an input is asked for, not its sum over the channels
     folds: bool = True  # whether batch norm may be folded into convolutions
+    apart: bool = False  # whether images that the model cuts apart or copies are explained together, by their pixels
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _together(
                 grads = _gradients(score, leaves, rows[:1] - rows[-1:] if len(rows) > 1 else rows, retain, False)
     rule, drawn = request.table.get(rule_tables.MAP), None
     if reading is not None and rule is not None and len(leaves) == 1:
-        if reading.is_apart and count > 1:
+        if count > 1 and not request.apart and reading.is_apart_from(leaves[0]):
             raise ApartError(
                 "the model cuts its images apart along the batch, or copies them, so that several at once have no map "
                 "of all depths: give it one image"

@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from .nodes import Ruling
 
 __all__ = [
+    "follows_weights",
     "gate",
     "has_positions",
     "has_weights",
     "is_all_of",
+    "is_beside",
     "is_centre",
     "is_known",
     "is_linear",
     "is_near_image",
     "is_of",
-    "is_reshaped",
     "is_settled",
     "is_unseen",
     "is_weighted",
@@ -103,11 +104,23 @@ def has_weights(node: Node) -> bool:
     return ruling is not None and ruling.head_rule is not None
 
 
-def is_reshaped(node: Node | None) -> bool:
-    """Tell whether a tensor has its shape from a view, whatever was padded since."""
-    while node is not None and name(node) == "pad":
-        node = node.next_functions[0][0]
-    return node is not None and name(node) in ("view", "reshape", "flatten")
+def is_beside(node: Node | None, count: int) -> bool:
+    """Tell whether a tensor holds ``count`` images side by side in its channels, as a view has laid them."""
+    while node is not None:
+        ruling, sizes = ruling_of(node), getattr(node, "_saved_self_sym_sizes", None)
+        if sizes is not None and int(sizes[0]) == count:
+            return True
+        below = [edge for edge, _ in node.next_functions if edge is not None]
+        if ruling is not None and (ruling.parts > 1 or ruling.head_rule is not None):
+            return ruling.parts == count
+        node = below[0] if len(below) == 1 else None
+    return False
+
+
+def follows_weights(tensor: Tensor, bending: Collection[str]) -> bool:
+    """Tell whether nothing that bends (one of ``bending``) lies between a tensor and the next weights below it."""
+    below = walk(tensor.grad_fn, has_weights)
+    return _maker(tensor) not in bending and all(has_weights(node) or name(node) not in bending for node in below)
 
 
 def is_settled(node: Node) -> bool:
@@ -264,7 +277,8 @@ def _origin(tensor: Tensor) -> tuple[Node | None, int]:
     node, place = tensor.grad_fn, tensor.output_nr
     while node is not None and name(node) in _SAME | _SCALING:
         below = [edge for edge in node.next_functions if edge[0] is not None]
-        if len(below) != 1:
+        ruling = ruling_of(node)
+        if len(below) != 1 or (ruling is not None and callable(ruling.rule)):  # of a gate, which was held
             break
         node, place = below[0]
     return node, place

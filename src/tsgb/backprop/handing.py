@@ -203,7 +203,8 @@ class Convolution(Handing):
         size = _grouped(sizes, self._fields, 1)
         if self.reading is not None:  # each field is an image's
             shared = _grouped(dense(parts), self._fields, 2)
-            self.reading.note((shared if self._has_bias else shared * (self._windows.sums(size, EPS) > EPS)).squeeze(1))
+            is_seen = True if self._has_bias else self._windows.sums(size, EPS) > EPS
+            self.reading.note((shared * is_seen).squeeze(1))  # a copy, as what arrived is written on below
         if self.below == SUMS:
             at_once = fields_of(parts) is not None and (is_traced() or classes_of(parts) >= MANY)
             sums = self._sums_at_once if at_once else self._sums

@@ -97,13 +97,15 @@ class Heads:
 
     def past(self, found: Sequence[Node]) -> dict[Node, list[int]]:
         """The edges by which evidence goes past the nodes where the classes compete, see `openings`."""
-        return openings(self._nodes, found)
+        return openings(self._below[:1], found)
 
     def arrived(self, classes: int, count: int) -> Tensor:
         """Tell for each class and image (K, N) whether any gradient arrived in the last backward."""
         found = [head.arrived for head in self.rulings if head.arrived is not None]
         for head in self.rulings:
             head.arrived = None
+        if len(found) == count and all(flags.shape == (classes, 1) for flags in found):  # heads of one image each
+            return torch.cat(found, 1)
         if not found or any(flags.shape != (classes, count) for flags in found):
             return torch.full((classes, count), bool(found))
         return torch.stack(found).any(0)

@@ -73,7 +73,7 @@ class Meeting:
         if call.name not in self._head_rules:
             return _ruling(call, function, rule), call
         if function in rules.TRANSPOSED:
-            is_head = not operators.keeps_channels(call)
+            is_head = not (operators.keeps_channels(call) and graph.follows_weights(signals[0], self._bending))
             return _ruling(call, function, rule, head_rule=self._head_rules[call.name][1] if is_head else None), call
         return self._weighted(call, function, rule, count), call
 
@@ -89,9 +89,9 @@ class Meeting:
         bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
         on_vector, is_linear = operators.on_vector(x, weight), weight.dim() == 2
         groups, parts = 1 if is_linear else x.shape[1] // weight.shape[1], 1
-        if form(rule) is rules.conv_lumped and len(x) == 1 < count and graph.is_reshaped(x.grad_fn):
-            # The model may have laid its images side by side, as channels of one.
-            parts = count if groups % count == 0 else 1
+        if form(rule) is rules.conv_lumped and len(x) == 1 < count and groups % count == 0:
+            parts = count if graph.is_beside(x.grad_fn, count) else 1
+        if parts > 1:
             rule = partial(rule, parts=parts)
         is_lumped = not on_vector and groups > parts and form(rule) is rules.conv_lumped
         return _ruling(

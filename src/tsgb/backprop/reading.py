@@ -60,6 +60,11 @@ class Reading:
         """Keep what a convolution shares: (K, N, *positions), or (K, positions, N) of a sequence first."""
         self.fields.append(field.transpose(1, 2) if self._is_swapped(field) else field)
 
+    def is_apart_from(self, image: Tensor) -> bool:
+        """Tell whether evidence or fields are of other images than those that came, (N, C, *size)."""
+        others = [field for field in self.fields if field.dim() == image.dim() and field.shape[1] != len(image)]
+        return self.is_apart or bool(others)
+
     @contextmanager
     def hooked(self, found: Sequence[Node], open_edges: Mapping[Node, Collection[int]]) -> Iterator[None]:
         """Let the classes compete at these nodes while the body goes backward; past them those asked for go on."""
@@ -192,17 +197,17 @@ def _unpooled(node: Node) -> Node:
     return node
 
 
-def openings(heads: Sequence[Node], found: Collection[Node]) -> dict[Node, list[int]]:
+def openings(start: Sequence[Node], found: Collection[Node]) -> dict[Node, list[int]]:
     """The edges by which evidence goes past the places where classes compete, to an input without positions.
 
     Args:
-        heads: where the evidence comes from. ``found``: those places, see `tops`.
+        start: where the evidence comes from. ``found``: those places, see `tops`.
 
     Returns:
         By node above them, which of its edges.
     """
     past: dict[Node, list[int]] = {}
-    ahead, seen = list(heads), set(heads)
+    ahead, seen = list(start), set(start)
     while ahead:
         node = ahead.pop()
         for place, (edge, _) in enumerate(node.next_functions):

@@ -85,6 +85,12 @@ def _taken(x: Tensor, is_last: bool = False) -> Takes:
     return GRADIENT if handing is None or handing.is_last != is_last else handing.takes
 
 
+def _carries(x: Tensor) -> bool:
+    """Tell whether zeros of a convolution share what a shift right after it gives them, as after others they do not."""
+    ruling: Ruling | None = getattr(x.grad_fn, "ruling", None)
+    return ruling is not None and ruling.carries
+
+
 def _is_positive(x: Tensor) -> bool:
     handing = producer(x)
     return handing is not None and handing.is_positive
@@ -219,7 +225,8 @@ def _scaled(call: Call, keep: Keep) -> Start | None:
         may_be_zero = factor == 0
     else:
         return None
-    return Start((x,), lambda _: Passing(before.takes, False, before.has_zeros or may_be_zero, before.is_last))
+    has_zeros = before.has_zeros or may_be_zero or _carries(x)
+    return Start((x,), lambda _: Passing(before.takes, False, has_zeros, before.is_last))
 
 
 def _moved(call: Call, keep: Keep) -> Start | None:
@@ -232,7 +239,8 @@ def _moved(call: Call, keep: Keep) -> Start | None:
     moved = [0, *range(2, x.dim()), 1] if not before.is_last else [0, x.dim() - 1, *range(1, x.dim() - 1)]
     if x.dim() < 4 or places != moved:
         return None
-    return Start((x,), lambda _: Passing(before.takes, before.is_positive, before.has_zeros, not before.is_last))
+    has_zeros = before.has_zeros or _carries(x)
+    return Start((x,), lambda _: Passing(before.takes, before.is_positive, has_zeros, not before.is_last))
 
 
 def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> bool:
