@@ -486,3 +486,17 @@ def test_a_transposed_head_may_have_as_many_classes_as_channels(table):
     images = torch.rand(2, 3, 16, 16)
     found, expected = (tsgb.explain(Branched(partial(scored, end=end)), images, 1, rules=table) for end in ends)
     assert relative(found.maps, expected.maps) < 1e-4
+
+
+def test_zeros_are_lost_behind_a_concatenation_too():
+    def forward(net, x):
+        x = functional.relu(net.a(x))
+        y = torch.cat([net.by_channel(x), net.by_channel(x)], 1)
+        return net.head(mean(functional.relu(functional.group_norm(y, 3, None, torch.ones(12)))))
+
+    net, images = Branched(forward, 2), torch.rand(2, 3, 16, 16)
+    net.by_channel = nn.Conv2d(6, 6, 1, groups=6, bias=False)
+    with torch.no_grad():
+        net.a.weight[:2].abs_().neg_()  # channels that see nothing
+    found = tsgb.explain(net, images, 1)
+    assert relative(found.maps, tsgb.explain(net, images, 1, rules=rules.plain(rules.DEFAULT)).maps) < 1e-4

@@ -44,8 +44,21 @@ __all__ = [
 _NAME, _IS_GATE, _IS_WEIGHTED = "tsgb.name", "tsgb.gate", "tsgb.weighted"  # keys of nodes' metadata
 _OUTPUTS, _CHANNELS, _RUN = "tsgb.outputs", "tsgb.channels", "tsgb.run"
 
-_SAME = {"clone", "contiguous", "to", "type", "float", "double", "view", "view_as", "reshape"}  # hand values on
-_SCALING = {"mul", "div", "neg"}  # of one operand that depends on the image
+# They hand values on, or a multiple of the one operand that depends on the image.
+_HANDING_ON = {
+    "clone",
+    "contiguous",
+    "to",
+    "type",
+    "float",
+    "double",
+    "view",
+    "view_as",
+    "reshape",
+    "mul",
+    "div",
+    "neg",
+}
 
 
 def ruling_of(node: Node | None) -> Ruling | None:
@@ -275,7 +288,7 @@ def _comes_from(b: Tensor, a: Tensor) -> bool:
 def _origin(tensor: Tensor) -> tuple[Node | None, int]:
     """Where a tensor's values were made, which copies and views of it only hand on, and constant factors scale."""
     node, place = tensor.grad_fn, tensor.output_nr
-    while node is not None and name(node) in _SAME | _SCALING:
+    while node is not None and name(node) in _HANDING_ON:
         below = [edge for edge in node.next_functions if edge[0] is not None]
         ruling = ruling_of(node)
         if len(below) != 1 or (ruling is not None and callable(ruling.rule)):  # of a gate, which was held

@@ -88,7 +88,7 @@ def _taken(x: Tensor, is_last: bool = False) -> Takes:
 def _carries(x: Tensor) -> bool:
     """Tell whether zeros of a convolution share what a shift right after it gives them, as after others they do not."""
     ruling: Ruling | None = getattr(x.grad_fn, "ruling", None)
-    return ruling is not None and ruling.carries
+    return ruling is not None and ruling.carries and x.output_nr == 0
 
 
 def _is_positive(x: Tensor) -> bool:
@@ -136,9 +136,11 @@ def _convolution(
     def begin(o: Tensor) -> Convolution:
         has_zeros = int(o.count_nonzero()) < o.numel() if may_be_zero and is_heavy else may_be_zero
         alive = o != 0 if has_zeros else None
-        return Convolution(
+        made = Convolution(
             x, alive, windows, fields, below, is_positive, conv.keep, bias is not None, is_first=is_first
         )
+        made.has_zeros = conv.carries
+        return made
 
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     is_wide = weight.dim() == 4 and weight[0, 0].numel() > 1
@@ -197,7 +199,7 @@ def _passing(call: Call, form: Any, function: Callable[..., Tensor]) -> Start | 
         return Start((x,), lambda _: passing, is_kinked=function in rules.KINKED, spared=spared)
     if call.name != "batch_norm" and any(_widens(x, other) for other in call.args[1:2]):
         return None
-    if form is rules.shift and before.has_zeros:
+    if form is rules.shift and before.has_zeros and not _carries(x):
         masked = Masked(x, before.takes, before.is_last)  # before an in-place call writes on x
         return Start((x,), lambda _: masked)
     return Start((x,), lambda _: Passing(before.takes, False, True, before.is_last))
@@ -225,8 +227,7 @@ def _scaled(call: Call, keep: Keep) -> Start | None:
         may_be_zero = factor == 0
     else:
         return None
-    has_zeros = before.has_zeros or may_be_zero or _carries(x)
-    return Start((x,), lambda _: Passing(before.takes, False, has_zeros, before.is_last))
+    return Start((x,), lambda _: Passing(before.takes, False, before.has_zeros or may_be_zero, before.is_last))
 
 
 def _moved(call: Call, keep: Keep) -> Start | None:
@@ -239,8 +240,7 @@ def _moved(call: Call, keep: Keep) -> Start | None:
     moved = [0, *range(2, x.dim()), 1] if not before.is_last else [0, x.dim() - 1, *range(1, x.dim() - 1)]
     if x.dim() < 4 or places != moved:
         return None
-    has_zeros = before.has_zeros or _carries(x)
-    return Start((x,), lambda _: Passing(before.takes, before.is_positive, has_zeros, not before.is_last))
+    return Start((x,), lambda _: Passing(before.takes, before.is_positive, before.has_zeros, not before.is_last))
 
 
 def _is_zero_at_zero(function: Callable[..., Tensor], x: Tensor, call: Call) -> bool:

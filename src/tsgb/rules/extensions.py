@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .formulas import shared
+from .formulas import convolution_transposed, shared
 
 __all__ = ["conv_transposed", "glu"]
 
@@ -53,7 +52,7 @@ def conv_transposed(
 
     Example:
         >>> x, weight = torch.rand(1, 3, 4, 4), torch.randn(3, 2, 2, 2)
-        >>> o = functional.conv_transpose2d(x, weight, stride=2)
+        >>> o = torch.nn.functional.conv_transpose2d(x, weight, stride=2)
         >>> grad_x = conv_transposed(torch.ones_like(o), x, weight, stride=2)
         >>> torch.allclose((x * grad_x).sum(), o.sum(), rtol=1e-3, atol=1e-3)
         True
@@ -61,7 +60,7 @@ def conv_transposed(
     if x.dim() < weight.dim():
         rest = (bias, stride, padding, output_padding, groups, dilation)
         return conv_transposed(grad[None], x[None], weight, *rest, o=None if o is None else o[None])[0]
-    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[weight.dim() - 3]
+    function = convolution_transposed(weight)
     geometry = (stride, padding, output_padding, groups, dilation)
     if o is None:
         o = function(x, weight, bias, *geometry)

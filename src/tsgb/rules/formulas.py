@@ -316,6 +316,11 @@ def convolution(weight: Tensor) -> Callable[..., Tensor]:
     return (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
 
 
+def convolution_transposed(weight: Tensor) -> Callable[..., Tensor]:
+    """Give torch's transposed convolution of as many dimensions as a weight (C, O, *k) has."""
+    return (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[weight.dim() - 3]
+
+
 def linearised(function: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``function(x)`` and the transpose of its derivative there, by autograd."""
     with torch.enable_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..tracing import holds, is_traced
-from .formulas import convolution, linearised, product
+from .formulas import convolution, convolution_transposed, linearised, product
 
 __all__ = ["Split", "conv_head", "conv_transposed_head", "gradient", "gradient_head", "linear_head", "selectivity"]
 
@@ -120,14 +120,10 @@ def conv_transposed_head(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-    *,
+    *args: Any,
     f: float,
     split: Split = "contributions",
+    **kwargs: Any,
 ) -> Tensor:
     """TSGB-FC where the head is a transposed convolution, as at the end of a decoder: see `conv_head`.
 
@@ -146,9 +142,9 @@ def conv_transposed_head(
         >>> torch.allclose(conv_transposed_head(grad, x, weight, f=0.75), same, atol=1e-6)
         True
     """
-    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[weight.dim() - 3]
-    args = (None, stride, padding, output_padding, groups, dilation)
-    return _head(lambda s, w: function(s, w, *args), grad, x, weight, f, split, tuple(range(2, x.dim())))
+    function = convolution_transposed(weight)
+    positions = tuple(range(2, x.dim()))
+    return _head(lambda s, w: function(s, w, None, *args, **kwargs), grad, x, weight, f, split, positions)
 
 
 def gradient(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
