@@ -94,6 +94,23 @@ def test_arrows_go_one_way(name):
     assert ours - {"__version__"} <= ARROWS[name]
 
 
+def neighbours(path):
+    """The files of its own package that a file imports, for types alone or not."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return {path.with_name(f"{name}.py") for name in found} & set(path.parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [name for name in ARROWS if (SOURCE / name).is_dir()])
+def test_no_circle_within_a_package(name):
+    arrows = {path: neighbours(path) for path in files(name) if path.stem != "__init__"}
+    while ground := {path for path, below in arrows.items() if not below & arrows.keys()}:
+        arrows = {path: below for path, below in arrows.items() if path not in ground}
+    assert sorted(path.stem for path in arrows) == []
+
+
 @pytest.mark.parametrize("name", TORCH_ONLY)
 def test_the_method_needs_torch_alone(name):
     packages = {package for path in files(name) for package, _, _ in imports(path)}

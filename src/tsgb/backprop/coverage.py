@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .. import rules
-from .nodes import Ruling
+from .ruling import Ruling
 
 __all__ = ["Coverage", "CoverageError"]
 

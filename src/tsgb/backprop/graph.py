@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from . import operators
+from .ruling import Ruling
 from .saved import Cell
-
-if TYPE_CHECKING:
-    from .nodes import Ruling
 
 __all__ = [
     "follows_weights",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from ..tracing import is_traced
 from .relevance import Dense, Gradient, LostError, Owed, Part, Product, Summed, dense, single, summed
 from .saved import Cell
 from .windows import Windows
-
-if TYPE_CHECKING:
-    from .reading import Reading
 
 __all__ = [
     "CHANNELS",
@@ -62,7 +59,7 @@ class Handing(ABC):
     has_zeros = True  # whether values of the output may be 0 and yet not tell that nothing arrives there
     is_last = False  # whether the channels of the output stand last
     readers = 0  # calls that took the output so far
-    reading: Reading | None = None  # what notes the relevance that a convolution shares
+    note: Callable[[Tensor], None] | None = None  # told what a convolution shares, where it is read
 
     @abstractmethod
     def hand(self, parts: list[Part]) -> list[list[Part]]:
@@ -182,9 +179,9 @@ class Convolution(Handing):
             return [[self._by_group(parts)]]
         assert self._total is not None
         relevance, n = summed(parts), self._windows.sums(self._total, EPS)
-        if self.reading is not None:
+        if self.note is not None:
             # An output of 0 has no relevance, though a shift after it hands some on.
-            self.reading.note((relevance if self._has_bias else relevance * (n > EPS)).squeeze(2))
+            self.note((relevance if self._has_bias else relevance * (n > EPS)).squeeze(2))
         total = self._total
 
         def spread() -> Tensor:
@@ -201,10 +198,10 @@ class Convolution(Handing):
     def _by_group(self, parts: Sequence[Part]) -> Part:
         sizes = self._sizes()
         size = _grouped(sizes, self._fields, 1)
-        if self.reading is not None:  # each field is an image's
+        if self.note is not None:  # each field is an image's
             shared = _grouped(dense(parts), self._fields, 2)
             is_seen = True if self._has_bias else self._windows.sums(size, EPS) > EPS
-            self.reading.note((shared * is_seen).squeeze(1))  # a copy, as what arrived is written on below
+            self.note((shared * is_seen).squeeze(1))  # a copy, as what arrived is written on below
         if self.below == SUMS:
             at_once = fields_of(parts) is not None and (is_traced() or classes_of(parts) >= MANY)
             sums = self._sums_at_once if at_once else self._sums

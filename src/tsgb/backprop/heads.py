@@ -12,8 +12,8 @@ from torch.autograd.graph import Node
 from . import graph
 from .coverage import Coverage, CoverageError
 from .folding import FoldedError
-from .nodes import Ruling
 from .reading import Reading, openings, tops
+from .ruling import Ruling
 
 __all__ = ["Heads"]
 
@@ -90,9 +90,9 @@ class Heads:
                 continue
             ruling = graph.ruling_of(node)
             if ruling is not None and ruling.is_whole and ruling.f is None:  # and is no head
-                ruling.reading = reading
+                ruling.note = reading.note
                 if ruling.handing is not None:
-                    ruling.handing.reading = reading
+                    ruling.handing.note = reading.note
         return found
 
     def past(self, found: Sequence[Node]) -> dict[Node, list[int]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import rules
 from . import graph, operators
-from .nodes import SLOT, Ruling, form
 from .operators import Call, mapped
+from .ruling import SLOT, Ruling, form
 
 __all__ = ["Meeting"]
 

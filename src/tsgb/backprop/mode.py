@@ -27,9 +27,10 @@ from .folding import LATE, UNREAD, FoldedError, Folding
 from .handing import CHANNELS, SUMS, Image
 from .heads import Heads
 from .meeting import Meeting
-from .nodes import Handed, Job, Ruled, Ruling, form
+from .nodes import Handed, Job, Ruled
 from .operators import Call, mapped
 from .relevance import LostError
+from .ruling import Ruling, form
 from .saved import Kept, separate
 from .starts import producer, start
 

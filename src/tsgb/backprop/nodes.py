@@ -1,16 +1,13 @@
 """The nodes that operators with a rule put into autograd's graph.
 
 `Ruled` runs a rule in its plain form, gradient in and gradient out, class by class; `Handed` one that hands relevance
-on, see `handing`. Both carry a `Ruling`, by which the mechanism finds them in the graph.
+on, see `handing`. Both carry a `Ruling`, see `ruling`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,108 +15,11 @@ from torch import Tensor
 from .. import rules
 from . import graph, operators
 from .handing import GRADIENT, TINY, Handing
-from .relevance import Dense, Gradient, LostError, Part, Relevance, of_type, single
+from .relevance import Dense, Gradient, LostError, Part, Relevance, single
+from .ruling import Ruling, form, wants
 from .saved import Cell
 
-if TYPE_CHECKING:
-    from .reading import Reading
-
-__all__ = ["SLOT", "Handed", "Job", "Ruled", "Ruling", "form"]
-
-SLOT = torch.empty(0)
-
-
-@dataclass(slots=True)
-class Ruling:
-    """An operator that met a rule.
-
-    It lives on the operator's node, so it holds no tensors of the graph: through one that an in-place call changed, the
-    node would keep itself alive. The tensors of the call's arguments are what autograd saves; `SLOT` stands in their
-    places. Cells hold tensors that are cut off from the graph.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    function: Callable[..., Tensor]
-    rule: Callable[..., Tensor]
-    head_rule: Callable[..., Tensor] | None = None  # for operators that carry weights: the rule where they are the head
-    on_vector: bool = False
-    is_linear: bool = False
-    is_whole: bool = False  # of a convolution: whether it shares one number a position, not one for each group
-    parts: int = 1  # of a convolution: images that stand side by side in its channels
-    reading: Reading | None = None  # what notes that number
-    carries: bool = False  # of a convolution: whether a 0 of its output shares what a shift right after it gave it
-    is_ordinary: bool = False  # set above the head, where the target's own derivative is what counts
-    f: float | None = None  # set on the heads, with the number of images
-    count: int = 0
-    is_single: bool = False  # of a head: whether each row of gradients is of one class
-    arrived: Tensor | None = None  # of a head: per class and image, whether any gradient arrived in this backward
-    handing: Handing | None = None
-    passing: Handing | None = None  # of a convolution: of its second output, that of the batch norm after it
-    rectifier: str = ""  # what wrote on that output, and has no node of its own
-    is_below: bool = False  # whether something with weights is known to come after it
-    x: Cell | None = None  # until then, the input and the other tensors: a head needs them, and what is above it
-    others: list[Tensor] = field(default_factory=list)
-    outputs: dict[int, Cell] = field(default_factory=dict)  # those that something takes which gives gradients back
-
-    def backward(self, grad: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
-        """Apply the rule in float32 at least, and hand on what the type of x can hold.
-
-        ``o`` is the output where the rule asks for it, ``others`` are the tensors among the call's other arguments.
-        """
-        tensors = iter(others)
-        args, kwargs = operators.mapped(lambda _: single(next(tensors)), (self.args, self.kwargs))
-        with torch.autocast(x.device.type, enabled=False):
-            if self.is_ordinary:
-                with torch.enable_grad():
-                    leaf = single(x).detach().requires_grad_()
-                    (grad_x,) = torch.autograd.grad(self.function(leaf, *args, **kwargs), leaf, single(grad))
-            elif self.f is None:
-                output = {} if o is None else {"o": single(o)}
-                grad_x = self._checked(self.rule, self.rule(single(grad), single(x), *args, **output, **kwargs), x)
-            else:
-                assert self.head_rule is not None
-                swapped, is_alone = self._is_swapped(x), x.dim() == 1
-                grad, features = (grad.transpose(0, 1), x.transpose(0, 1)) if swapped else (grad, x)
-                grad, features = (grad[None], features[None]) if is_alone else (grad, features)
-                most = {"most": len(grad)} if self.is_single and _wants(self.head_rule, "most") else {}
-                grad_x = self.head_rule(single(grad), single(features), *args, f=self.f, **most, **kwargs)
-                grad_x = self._checked(self.head_rule, grad_x, features)
-                grad_x = grad_x.transpose(0, 1) if swapped else grad_x[0] if is_alone else grad_x
-        return of_type(grad_x, x.dtype)
-
-    def _checked(self, rule: Callable[..., Tensor], given: Any, x: Tensor) -> Tensor:
-        """What a rule gave, if it is a gradient of its input."""
-        if isinstance(given, Tensor) and given.shape == x.shape:
-            return given
-        got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(
-            f"the rule {getattr(form(rule), '__name__', rule)!r} of {self.name} must return the gradient at its input, "
-            f"{tuple(x.shape)}, got {got}"
-        )
-
-    def classes(self, grads: Tensor, x: Tensor, o: Tensor | None, others: Sequence[Tensor]) -> Tensor:
-        """Apply `backward` to the gradients of several classes (K, *out)."""
-        if self.f is not None:
-            self._note_arrivals(grads, x)
-        is_weighted = self.head_rule is not None  # what else is in the call are weights, not another's rows
-        if is_weighted and x.dim() == 2 and len(x) == len(grads[0]) and o is None:
-            rows = self.backward(grads.flatten(0, 1), x.repeat(len(grads), 1), None, others)
-            return rows.reshape(len(grads), len(x), -1)
-        return torch.stack([self.backward(grad, x, o, others) for grad in grads])
-
-    def release(self) -> None:
-        """Let go of what only a head, or what is above it, needs."""
-        self.is_below, self.x, self.others = True, None, []
-
-    def _note_arrivals(self, grads: Tensor, x: Tensor) -> None:
-        grads = grads.transpose(1, 2) if self._is_swapped(x) else grads
-        self.arrived = grads.flatten(min(2, grads.dim() - 1)).any(-1, keepdim=grads.dim() == 2)  # of a vector by itself
-
-    def _is_swapped(self, x: Tensor) -> bool:
-        """Tell features (T, N, C) of a sequence-first network: a head's sums are over the positions of one image."""
-        return self.is_linear and x.dim() == 3 and len(x) != self.count == x.shape[1]
+__all__ = ["Handed", "Job", "Ruled"]
 
 
 class Ruled(torch.autograd.Function):
@@ -131,7 +31,7 @@ class Ruled(torch.autograd.Function):
         o = ruling.function(x, *args, **kwargs)
         o = o.clone() if o._is_view() else o  # else it could not be written on, as it could without this node
         ctx.ruling = ruling
-        needs_o = _wants(ruling.rule, "o") or ruling.is_whole
+        needs_o = wants(ruling.rule, "o") or ruling.is_whole
         before = graph.ruling_of(x.grad_fn)
         if before is not None and before.carries and form(ruling.rule) is rules.shift:
             x = _carrying(x)
@@ -144,13 +44,13 @@ class Ruled(torch.autograd.Function):
         """Run the rule."""
         x, o, *others = ctx.saved_tensors
         ruling, grad = ctx.ruling, grads[0]
-        if ruling.reading is not None and o is not None:
+        if ruling.note is not None and o is not None:
             rows = grad.gradients() if isinstance(grad, Relevance) else grad[None]
             relevance = single(rows) * single(o)
             if ruling.parts > 1:
                 relevance = relevance.reshape(len(rows), ruling.parts, -1, *o.shape[2:])
-            ruling.reading.note(relevance.sum(-1 if ruling.is_linear else 2))
-        o = o if _wants(ruling.rule, "o") else None
+            ruling.note(relevance.sum(-1 if ruling.is_linear else 2))
+        o = o if wants(ruling.rule, "o") else None
         if isinstance(grad, Relevance):
             values = ruling.classes(grad.gradients(), x, o, others)
             return Relevance(x.shape, x.dtype, [Gradient(single(values))]), None, None, None
@@ -167,12 +67,6 @@ class Job(NamedTuple):
     begin: Callable[[Tensor], Handing]
     is_inplace: bool
     is_followed: bool = False  # whether what follows it is an output of its own
-
-
-def form(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of `tsgb.rules` that a table's entry is, whatever it was given and in whatever form it is to run."""
-    rule = inspect.unwrap(rule)
-    return rule.func if isinstance(rule, partial) else rule
 
 
 def _carrying(x: Tensor) -> Tensor:
@@ -273,16 +167,3 @@ def _relevance(parts: list[Part], o: Cell | None, is_last: bool) -> list[Part]:
         else:
             found.append(part)
     return found
-
-
-def _wants(rule: Callable[..., Any], name: str) -> bool:
-    """Tell whether a rule has a parameter of a name; rules of the table are few, and asked for at every layer."""
-    try:
-        return name in _parameters(rule)
-    except TypeError:  # it has no hash
-        return name in inspect.signature(rule).parameters
-
-
-@lru_cache(maxsize=512)
-def _parameters(rule: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(rule).parameters)

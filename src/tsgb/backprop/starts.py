@@ -17,9 +17,9 @@ from . import operators
 from .folding import Folding, Waiting, bounds
 from .handing import GRADIENT, Convolution, Handing, Image, Masked, Passing, Takes
 from .joining import Concatenation, Sum
-from .nodes import Ruling
 from .operators import Call
 from .pooling import AveragePool, MaxPool, Mean
+from .ruling import Ruling
 from .saved import Cell
 from .windows import Windows
 
