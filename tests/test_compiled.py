@@ -3,6 +3,7 @@
 import shutil
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -232,19 +233,36 @@ def test_the_graph_may_differ_where_the_last_digit_decides():
     torch.manual_seed(0)
     relevance, targets, arrived = torch.randn(2, 3, 8, 8), torch.tensor([[1, 2]] * 3), torch.ones(2, 3, dtype=bool)
     logits, one_map = torch.randn(3, 5), torch.zeros(2, 3, 1, 1)
+    are_close = partial(compiled._are_close, rounding=torch.finfo(torch.float32).eps)
     one_map[1, 2] = 1
     eager = Pass([relevance], targets, logits, arrived)
-    assert compiled._are_close(Pass([relevance * (1 + 0.01 * one_map)], targets, logits * (1 + 1e-5), arrived), eager)
+    assert are_close(Pass([relevance * (1 + 0.01 * one_map)], targets, logits * (1 + 1e-5), arrived), eager)
     noise, nothing = (torch.cat([relevance[:1], size * relevance[1:]]) for size in (1e-9, 0))
     of_rounding = Pass([noise], targets, logits, arrived)  # a class without evidence
-    assert compiled._are_close(of_rounding, Pass([nothing], targets, logits, arrived))
+    assert are_close(of_rounding, Pass([nothing], targets, logits, arrived))
     for found in (
         Pass([relevance * (1 + 0.3 * one_map)], targets, logits, arrived),
         Pass([relevance], targets, logits * 1.01, arrived),
         Pass([relevance], targets + 1, logits, arrived),
         Pass([relevance], targets, logits, ~arrived),
     ):
-        assert not compiled._are_close(found, eager)
+        assert not are_close(found, eager)
+
+
+def test_a_deep_network_under_autocast_may_differ_by_its_rounding():
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.Conv2d(48, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48), nn.ReLU()) for _ in range(16)
+    ]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer[0].weight)
+        nn.init.uniform_(layer[1].running_var, 0.5, 2)
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 6)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = traced(model, images(), 1)(images(), 1), tsgb.explain(model, images(), 1)
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert (ours.maps - theirs.maps).norm() <= 40 * rounding * theirs.maps.norm()
+    assert (ours.logits - theirs.logits).norm() <= 4 * rounding * theirs.logits.norm()
 
 
 @pytest.mark.parametrize("which", [0, -1])  # the map, the logits

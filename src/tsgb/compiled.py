@@ -22,7 +22,9 @@ from .targets import Target
 
 __all__ = ["CompiledExplainer", "compile"]
 
-_LOGITS, _MAPS = 1e-3, 0.05  # how far the graph may lie from `explain`, relative
+# How far the graph may lie from `explain`, relative: at least so far, and so many roundings of what it reckons in.
+_LOGITS, _MAPS = (1e-3, 4), (0.05, 40)
+_TF32 = 2**-10  # the rounding of float32 where convolutions may run in TF32, as on a GPU
 _KEPT = 16  # graphs; who gives a new lambda at each call would fill the memory
 
 
@@ -94,9 +96,7 @@ class CompiledExplainer:
         self, request: Request, inputs: tuple[Tensor, ...], target: Target, is_filled: bool = False
     ) -> tuple[Pass, Facts]:
         kind = target.shape[1] if isinstance(target, Tensor) else id(target) if callable(target) else target
-        device = inputs[0].device.type
-        casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (*((x.shape, x.dtype, x.device) for x in inputs), kind, casts, is_filled)
+        key = (*((x.shape, x.dtype, x.device) for x in inputs), kind, _cast(inputs[0].device.type), is_filled)
         tensors = (*inputs, target.to(inputs[0].device)) if isinstance(target, Tensor) else inputs
         with self._lock:
             if self._programs and self._weights != self._now():
@@ -123,8 +123,8 @@ class CompiledExplainer:
         passed = partial(_passed, request, is_filled)
         program = hands_on(lambda handing: _traced(passed, inputs, target, handing))
         targets.check_range(target, program.classes)
-        traced = program.run(tensors)
-        if not _are_close(traced, hands_on(lambda handing: passed(inputs, target, handing))[0]):
+        traced, rounding = program.run(tensors), _rounding(inputs[0])
+        if not _are_close(traced, hands_on(lambda handing: passed(inputs, target, handing))[0], rounding):
             raise RuntimeError(
                 "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, say): use "
                 "tsgb.explain"
@@ -132,7 +132,7 @@ class CompiledExplainer:
         if self._backend != "eager":
             call = torch.compile(program.graph, backend=self._backend, dynamic=False, fullgraph=True)
             program = replace(program, call=call)
-            if not _are_close(program.run(tensors), traced):
+            if not _are_close(program.run(tensors), traced, rounding):
                 raise RuntimeError(
                     f"the backend {self._backend!r} of torch.compile made code of the model's graph that gives another "
                     'map: use tsgb.explain, or tsgb.compile(..., backend="eager")'
@@ -228,18 +228,31 @@ def _passed(
         return passes.refolded(both, request)
 
 
-def _are_close(one: Pass, other: Pass) -> bool:
+def _cast(device: str) -> torch.dtype | None:
+    """What autocast casts to, if it does."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _rounding(x: Tensor) -> float:
+    """How far the values of a model may be rounded that is called with ``x``, relative."""
+    finest = torch.finfo(x.dtype).eps if x.device.type == "cpu" or x.dtype != torch.float32 else _TF32
+    cast = _cast(x.device.type)
+    return finest if cast is None else max(finest, torch.finfo(cast).eps)
+
+
+def _are_close(one: Pass, other: Pass, rounding: float) -> bool:
     """Compare two passes: logits closely, maps as far as another order of the same sums lets one.
 
     A near tie under max pooling, which the last digit decides, moves a part of a map.
     """
-    pairs = [(one.targets, other.targets, 0.0), (one.arrived, other.arrived, 0.0)]
+    exactly = (0.0, 0.0)
+    pairs = [(one.targets, other.targets, exactly), (one.arrived, other.arrived, exactly)]
     pairs += [(ours, theirs, _MAPS) for ours, theirs in zip(one.relevance, other.relevance, strict=True)]
     if one.logits is not None and other.logits is not None:
         pairs.append((one.logits, other.logits, _LOGITS))
-    for ours, theirs, share in pairs:
+    for ours, theirs, (least, roundings) in pairs:
         a, b = ours.double(), theirs.to(ours.device).double()
-        if not (a - b).norm() <= share * b.norm() and not b.isnan().any():
+        if not (a - b).norm() <= max(least, roundings * rounding) * b.norm() and not b.isnan().any():
             return False
     return True
 
