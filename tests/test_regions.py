@@ -275,5 +275,5 @@ def test_wrong_pictures_are_named():
     with pytest.raises(ValueError, match="component must be"):
         found.boxes(component="best")
     series = Explanation(torch.rand(1, 1, 9), torch.zeros(1, 1), None, [], [[None]], 1.0, torch.rand(1, 1, 9))
-    with pytest.raises(ValueError, match=r"only maps \(N, K, H, W\)"):
+    with pytest.raises(ValueError, match=r"boxes and masks are of maps \(N, K, H, W\)"):
         series.boxes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -200,10 +201,12 @@ def part(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], request: Request)
     """
     checks.check_values(None if -1 in done.targets else done.logits, done.relevance)
     missed = sorted({operator for operator, rule, _ in facts.coverage if rule is None})
+    hidden = any(re.search(r"Backward\d*$", name) for name in missed)
     if request.strict and missed:
         raise CoverageError(
             f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, "
             "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
+            + ("; what is named ...Backward ran in an autograd.Function, which no rule reaches" if hidden else "")
         )
     return Part(
         relevance=[values.transpose(0, 1).contiguous() for values in done.relevance],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import rules, targets
@@ -25,7 +26,9 @@ def check_inputs(inputs: tuple[Tensor, ...]) -> int:
         raise ValueError("images must be a tensor (N, C, H, W) or a tuple of tensors, got an empty tuple")
     for x in inputs:
         if not isinstance(x, Tensor):
-            how = "one of a picture is network.preprocessing.tensor(picture)[None], of an array torch.from_numpy(array)"
+            how = (
+                "one of a picture is network.preprocessing.tensor(picture)[None], several inputs are a tuple of tensors"
+            )
             raise TypeError(f"images must be a floating tensor (N, C, H, W), got {type(x).__name__}: {how}")
         if not x.is_floating_point():
             dtype = str(x.dtype).removeprefix("torch.")
@@ -71,9 +74,13 @@ def check_table(table: Any, f: Any) -> None:
     if missing:
         raise ValueError(f"rules must be a table with the keys HEAD and F, {how}; it lacks {', '.join(missing)}")
     for key in table:
-        is_module = isinstance(key, type) or isinstance(getattr(key, "__self__", key), nn.Module)
+        owner = getattr(key, "__self__", key)
+        is_module = isinstance(key, type) or isinstance(owner, (nn.Module, type(torch.autograd.Function)))
         if key not in _ROLES and (is_module or not callable(key)):
             raise TypeError(f"rules are by torch function, such as torch.nn.functional.gelu, got {key!r}{_hint(key)}")
+        if key not in _ROLES and not callable(table[key]) and table[key] != rules.ORDINARY:
+            name = getattr(key, "__name__", key)
+            raise TypeError(f"the rule of {name} must be callable, or tsgb.rules.ORDINARY, got {table[key]!r}")
     if f is not None and (not isinstance(f, (int, float)) or not 0 <= f <= 1):
         raise ValueError(f"f must be a number, 0 to 1, or None, got {f!r}")
     if f is not None and table[rules.F] is None:

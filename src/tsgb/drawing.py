@@ -55,13 +55,14 @@ def all_depths(rule: Callable[..., Tensor], reading: Reading, image: Tensor, who
     if reading.evidence is None:
         return None
     coarse = [field for field in reading.fields if field.dim() == image.dim() and field.shape[1] == len(image)]
-    speaks_for, against = reading.evidence
+    coarse = [field.to(image.device) for field in coarse]  # parts of a model may be on other devices
+    speaks_for, against = reading.evidence.to(image.device)
     if not coarse or speaks_for.shape != coarse[0].shape[:2]:  # where the head keeps its images in another dimension
         return None
     sign = _each(torch.where(speaks_for > 0, 1.0, -1.0).to(speaks_for.dtype), image)
     sizes = [field.shape[2:] for field in coarse]
     held = [_on_grid(rules.claims(rows, gate, **reading.options), sizes) for rows, gate in reading.contests]
-    claims = [both for both in held if both is not None]
+    claims = [both.to(image.device) for both in held if both is not None]
     found = sign * rule([field * sign for field in coarse], image, claims)
     raised, lowered = (_scale(*both) for both in ((speaks_for, found.clamp(min=0)), (against, found.clamp(max=0))))
     lowered = torch.where(raised > 0, torch.minimum(raised, lowered), lowered)

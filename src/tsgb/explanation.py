@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -77,15 +78,16 @@ class Explanation:
             colormap: "jet", "viridis", or "bwr" for the signed map.
             alpha: opacity of the strongest evidence, 0..1.
             scale: the value that gets the full colour; None takes the map's 99th percentile.
-            preprocessing: what made the image of the picture, as ``network.preprocessing``, where that was not squashed
-                to the network's size but cropped or padded.
+            preprocessing: what made the image of the picture, as ``network.preprocessing``. None: it was squashed to
+                the network's size, of which a warning tells if that changed the picture's shape.
 
         Returns:
             RGB picture, of the size of ``picture``.
 
         Raises:
             ValueError: the maps have no one to three dimensions, a picture is given for a series or a volume, or a
-                preprocessing of another size or without a picture. IndexError: no such image or target.
+                preprocessing of another size or without a picture. IndexError: no such image or target. TypeError: an
+                index that is no integer, a picture that is neither.
 
         Example:
             >>> import torch, tsgb
@@ -104,7 +106,10 @@ class Explanation:
             shown = images[image].detach().float().cpu().numpy(), maps[image, target].cpu().numpy()
             return draw(*shown, colormap=colormap, alpha=alpha, scale=scale)
         below, map = self._picture(image, picture), self._map(image, target)
-        laid = self._way(preprocessing, picture is not None).restore(map, below.size)
+        way = self._way(preprocessing, picture is not None)
+        if preprocessing is None:
+            _tell_if_distorted(below.size, way)
+        laid = way.restore(map, below.size)
         return render.overlay(below, laid, colormap=colormap, alpha=alpha, scale=scale)
 
     def save(
@@ -168,7 +173,8 @@ class Explanation:
             component: "largest", the connected piece of the most pixels, or "all".
             pictures: the original of each image: a Pillow image, a file, or its (width, height) in pixels. None keeps
                 to the network's pixels.
-            preprocessing: what made the images of the pictures. None: each was squashed to the network's size.
+            preprocessing: what made the images of the pictures. None: each was squashed to the network's size, of which
+                a warning tells if that changed its shape.
 
         Returns:
             N lists of K float64 arrays (n, 4): left, upper, right, lower edge in pixels, the largest piece first; (0,
@@ -181,7 +187,7 @@ class Explanation:
         Example:
             >>> import torch, tsgb
             >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
-            >>> e.boxes(pictures=[(640, 480)])[0][0].shape
+            >>> e.boxes(pictures=[(512, 512)])[0][0].shape
             (1, 4)
         """
         from . import regions
@@ -216,8 +222,8 @@ class Explanation:
         Example:
             >>> import torch, tsgb
             >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
-            >>> e.mask(pictures=[(640, 480)])[0][0].shape
-            (480, 640)
+            >>> e.mask(pictures=[(512, 512)])[0][0].shape
+            (512, 512)
         """
         from . import regions
 
@@ -239,7 +245,10 @@ class Explanation:
         got = len(pictures) if isinstance(pictures, (list, tuple)) else type(pictures).__name__
         if got != len(self.targets):
             raise ValueError(f"pictures must be a list of one an image, {len(self.targets)}, got {got}")
-        return [(way, _size(picture)) for picture in pictures]
+        sizes = [_size(picture) for picture in pictures]
+        for size in sizes if preprocessing is None else ():
+            _tell_if_distorted(size, way)
+        return [(way, size) for size in sizes]
 
     def _way(self, preprocessing: Preprocessing | None, has_pictures: bool) -> Preprocessing:
         """The preprocessing that leads from the maps back to pictures: as given, or squashed."""
@@ -255,6 +264,9 @@ class Explanation:
 
     def _check_place(self, image: int, target: int) -> None:
         """Refuse the index of an image or a target that there is none of; targets are counted, not named by class."""
+        for name, index in (("image", image), ("target", target)):
+            if not isinstance(index, Integral):
+                raise TypeError(f"{name} counts those asked for, 0 for the first, got {index!r}")
         count, k = self.targets.shape
         if not (-count <= image < count and -k <= target < k):
             classes = self.targets[image].tolist() if -count <= image < count else self.targets.tolist()
@@ -271,19 +283,23 @@ class Explanation:
         """The maps (N, K, H, W), of several inputs those of the first."""
         maps: Tensor = self.maps[0] if isinstance(self.maps, tuple) else self.maps
         if maps.dim() != 4:
-            raise ValueError(f"only maps (N, K, H, W) can be drawn, got {tuple(maps.shape)}")
+            raise ValueError(f"overlays on pictures, boxes and masks are of maps (N, K, H, W), got {tuple(maps.shape)}")
         return maps
 
     def _picture(self, image: int, picture: Any) -> Image.Image:
         """The picture to draw on: as given, read from a file, or made from the input."""
+        from pathlib import Path
+
         from PIL import Image
 
         if isinstance(picture, Image.Image):
             return picture.convert("RGB")
-        if picture is not None:
+        if isinstance(picture, (str, Path)):
             from . import pictures
 
             return pictures.read(picture)
+        if picture is not None:
+            raise TypeError(f"picture must be a Pillow image or a file, got {type(picture).__name__}")
         images = self.images[0] if isinstance(self.images, tuple) else self.images
         values = images[image].detach().float().cpu()
         span = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
@@ -315,6 +331,17 @@ def _size(picture: Any) -> tuple[int, int]:
     if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(_counts(n) for n in size)):
         raise ValueError(f"pictures must be Pillow images, files, or (width, height), at least 1, got {picture!r}")
     return int(size[0]), int(size[1])
+
+
+def _tell_if_distorted(size: tuple[int, int], way: Preprocessing) -> None:
+    """Warn where a picture (width, height) is taken as squashed though it may have been cropped."""
+    height, width = way.size
+    if abs(size[0] * height / (size[1] * width) - 1) > 0.02:
+        warnings.warn(
+            f"a picture of {size[0]} x {size[1]} pixels is taken as squashed to the network's {width} x {height}; if "
+            "it was cropped, the map lies elsewhere: say which by preprocessing=, a tsgb.preprocessing.Preprocessing",
+            stacklevel=4,
+        )
 
 
 def _counts(number: Any) -> bool:

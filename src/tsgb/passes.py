@@ -170,7 +170,7 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Fac
     facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts, of_all_depths)
     maps = [torch.cat(column) for column in zip(*(found for found, _, _ in parts), strict=True)]
     if unit is not None:
-        maps = [values * unit.reshape(*unit.shape, *(1,) * (values.dim() - 2)) for values in maps]
+        maps = [values * unit.to(values.device).reshape(*unit.shape, *(1,) * (values.dim() - 2)) for values in maps]
     return Pass(maps, indices, done.logits, torch.cat([arrived for _, arrived, _ in parts])), facts
 
 
@@ -321,6 +321,16 @@ def _called(
             ) from error
         if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
             raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
+        if isinstance(error, TypeError) and "required positional argument" in str(error):
+            raise TypeError(
+                f"{error}: pass what else the model takes as forward_kwargs={{name: value}}, or several inputs to be "
+                "explained as a tuple"
+            ) from error
+        if images[0].dim() == 3 and len(images[0]) in (1, 3):
+            raise ValueError(
+                f"the model refused images of shape {tuple(images[0].shape)} ({error}): one picture (C, H, W) is given "
+                "as images[None]"
+            ) from error
         raise
 
 

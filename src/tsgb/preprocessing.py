@@ -100,13 +100,17 @@ class Preprocessing:
             float32 tensor of shape (3, height, width).
 
         Raises:
-            ValueError: If the picture's mode is not RGB, or if its short side is so short that the scaled picture would
-                have more than 100 million pixels.
+            TypeError: If it is no Pillow image. ValueError: If its mode is not RGB, or if its short side is so short
+                that the scaled picture would have more than 100 million pixels.
 
         Example:
             >>> Preprocessing((2, 2), mean=(0, 0, 0), std=(1, 1, 1)).tensor(Image.new("RGB", (9, 5), "blue"))[:, 0, 0]
             tensor([0., 0., 1.])
         """
+        if not isinstance(picture, Image.Image):
+            raise TypeError(
+                f"picture must be a Pillow image, as tsgb.pictures.read gives, got {type(picture).__name__}"
+            )
         if picture.mode != "RGB":
             raise ValueError(f"picture must be of mode RGB, got {picture.mode}; tsgb.pictures.read makes it so")
         (height, width), (scaled, (x, y)) = self.size, self._placed(picture.size)

@@ -111,7 +111,7 @@ def read(file: Path) -> State:
             f"weights file {file} is damaged or of another kind "
             f"({type(error).__name__}): expected a state dict, by torch.save or as .safetensors"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     pairs = content.items() if isinstance(content, dict) else ()

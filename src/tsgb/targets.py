@@ -125,7 +125,9 @@ def class_index(name: str, names: Sequence[str] | None) -> int:
     hint = (
         f"the nearest are {', '.join(map(repr, listed))}"
         if listed
-        else f"the names run from {names[0]!r} to {names[-1]!r}"
+        else f"the names are {', '.join(map(repr, names))}"
+        if len(names) <= 20
+        else f"its {len(names)} names begin with {', '.join(map(repr, names[:3]))}"
     )
     raise TargetError(f"target {name!r} is no class of the model: {hint}")
 
@@ -198,7 +200,8 @@ def resolve(target: Target, logits: Tensor) -> Tensor:
     if logits.dim() != 2:
         raise TargetError(
             f"a class target needs logits of shape (N, classes), got {tuple(logits.shape)}: in Python, pass "
-            "target=fn(output) -> (N,) tensor, such as lambda output: output[:, 3].mean((1, 2))"
+            "target=fn(output) -> (N,) tensor; of a segmentation's class 1, where it wins, "
+            "lambda output: (output[:, 1] * (output.argmax(1) == 1)).sum((1, 2))"
         )
     classes = logits.shape[1]
     if target is None:
@@ -253,6 +256,8 @@ def _named(item: Any, names: Sequence[str] | None) -> Any:
         return class_index(item, names)
     if isinstance(item, (list, tuple)):
         return [_named(part, names) for part in item]
+    if callable(item) and not isinstance(item, Tensor):
+        raise TargetError("a target is one function of the output: explain several of them one after the other")
     return item.tolist() if isinstance(item, Tensor) else item
 
 

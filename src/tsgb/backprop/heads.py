@@ -102,6 +102,7 @@ class Heads:
     def arrived(self, classes: int, count: int) -> Tensor:
         """Tell for each class and image (K, N) whether any gradient arrived in the last backward."""
         found = [head.arrived for head in self.rulings if head.arrived is not None]
+        found = [flags.to(found[0].device) for flags in found]  # heads may be on several devices
         for head in self.rulings:
             head.arrived = None
         if len(found) == count and all(flags.shape == (classes, 1) for flags in found):  # heads of one image each

@@ -41,8 +41,6 @@ class Reading:
         contests: of each place where the classes compete the evidence of those asked for and their possible rivals,
             (K + R, N, *positions), and the gate (K, N, *positions).
         is_apart: whether the classes compete in other images than those that came, as in parts or copies of them.
-        evidence: (2, K, N), the evidence for each class that passed the gates, and that against it, each summed over
-            the positions; None where there is no top, or where it holds other images than those that came.
     """
 
     def __init__(self, rivalry: Rivalry | None, asked: int, rivals: int, count: int) -> None:
@@ -51,10 +49,20 @@ class Reading:
         self.options = {name: known[name] for name in ("alike", "temperature") if name in known}
         self.fields: list[Tensor] = []
         self.contests: list[tuple[Tensor, Tensor]] = []
-        self.evidence: Tensor | None = None
         self.is_apart = False
+        self._passed: list[Tensor] = []  # a list, as parts on several devices go backward in threads of their own
         self._heard: dict[tuple[Node, int], list[Tensor]] | None = None
         self._gates: dict[tuple[Node, int], Tensor] = {}
+
+    @property
+    def evidence(self) -> Tensor | None:
+        """The evidence for each class that passed the gates, and that against it, (2, K, N), summed over the positions.
+
+        None where there is no top, or where it holds other images than those that came.
+        """
+        if self.is_apart or not self._passed:
+            return None
+        return torch.stack([passed.to(self._passed[0].device) for passed in self._passed]).sum(0)
 
     def note(self, field: Tensor) -> None:
         """Keep what a convolution shares: (K, N, *positions), or (K, positions, N) of a sequence first."""
@@ -141,7 +149,7 @@ class Reading:
         passed = torch.stack([weighed.clamp(min=0).sum(2), weighed.clamp(max=0).sum(2)])
         if passed.shape[2] != self._count:
             self.is_apart = True
-        self.evidence = None if self.is_apart else passed if self.evidence is None else self.evidence + passed
+        self._passed.append(passed)
         return gate
 
     def _is_swapped(self, rows: Tensor) -> bool:
