@@ -3,10 +3,11 @@
     python benchmarks/device.py [--networks mobilenet_v2,resnet18]
 
 Compiles `device.cpp`, a device of torch's own kind that reckons on the CPU, with the machine's C++ compiler, and moves
-networks with random weights and the bundled ones to it, and parts of one in every way. Asked of each: the maps of the CPU, from the rules DEFAULT,
-PIXELS and PAPER, for classes, a callable and Captum's shape, from the plain form of the rules and from a traced graph;
-and of one bundled network every method of the registry, overlays, boxes and files. Speed, streams, autocast and
-precision are another device's own, and are not asked here. The exit status is 1 if something failed or differed.
+networks with random weights and the bundled ones to it, and parts of one in every way. Asked of each: the maps of the
+CPU, from the rules DEFAULT, PIXELS and PAPER, for classes, a callable and Captum's shape, from the plain form of the
+rules and from a traced graph; and of one bundled network every method of the registry, overlays, boxes and files.
+Speed, streams, autocast and precision are another device's own, and are not asked here. The exit status is 1 if
+something failed or differed.
 """
 
 import argparse
@@ -139,7 +140,7 @@ class Parts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, on the device of the last."""
-        first, left, right, head, other = self.places
+        left, right, head, other = self.places[1:]
         below, a, b, above, beside = self.parts
         x = below(x)
         joined = x.to(left) + a(x.to(left)), b(x.to(right))
