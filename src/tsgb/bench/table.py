@@ -195,8 +195,8 @@ def _protocol(results: Results) -> list[str]:
 
 
 def _escaped(text: object) -> str:
-    """Text that Markdown shows as it is; an underscore within a word needs nothing."""
-    return re.sub(r"([\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(printable(text).split()))
+    """Text that Markdown shows as it is; an underscore within a word, or brackets that begin no link, need nothing."""
+    return re.sub(r"([\\`*<>|&~]|\](?=[(\[:])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(printable(text).split()))
 
 
 def _code(text: object) -> str:
