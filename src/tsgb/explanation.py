@@ -265,7 +265,7 @@ class Explanation:
     def _check_place(self, image: int, target: int) -> None:
         """Refuse the index of an image or a target that there is none of; targets are counted, not named by class."""
         for name, index in (("image", image), ("target", target)):
-            if not isinstance(index, Integral):
+            if not hasattr(index, "__index__"):
                 raise TypeError(f"{name} counts those asked for, 0 for the first, got {index!r}")
         count, k = self.targets.shape
         if not (-count <= image < count and -k <= target < k):
