@@ -324,7 +324,9 @@ def _reason(facts: Facts, inputs: tuple[Tensor, ...], n: int, is_reached: bool, 
         return "the image is zero everywhere, and a map is image * gradient"
     if not has_arrived:
         cut = [name for name in facts.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
-        what = "a ReLU" if "relu" in cut else cut[0] if cut else "what lies between the head and the target"
+        if not cut:
+            return "the target does not depend on the head here: no gradient arrives there"
+        what = "a ReLU" if "relu" in cut else cut[0]
         return f"logit cut by {what} at the head: no gradient arrives there"
     if is_reached:
         return "evidence against the target outweighs the evidence for it at every pixel"
