@@ -201,8 +201,8 @@ def part(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], request: Request)
     """
     checks.check_values(None if -1 in done.targets else done.logits, done.relevance)
     missed = sorted({operator for operator, rule, _ in facts.coverage if rule is None})
-    hidden = any(re.search(r"Backward\d*$", name) for name in missed)
     if request.strict and missed:
+        hidden = any(re.search(r"Backward\d*$", name) for name in missed)
         raise CoverageError(
             f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, "
             "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
