@@ -26,6 +26,14 @@ def printed(tmp_path):
     return run
 
 
+def test_explain(printed, tmp_path):
+    paths = [Path(line) for line in printed("explain.py").splitlines()]
+    assert sorted(path.name for path in paths) == ["heart.png", "star.png"]
+    for path in paths:
+        assert path.parent == tmp_path / "explain"
+        assert Image.open(path).size == (128, 128)
+
+
 def test_series(printed, tmp_path):
     seconds = [float(found) for found in re.findall(r"in second ([\d.]+)", printed("series.py"))]
     assert seconds == pytest.approx([2.5, 4.5], abs=0.1)
