@@ -13,8 +13,8 @@ from typing import Any
 
 from . import rules
 from .attribution import TSGB, explain
-from .backprop import CoverageError
 from .compiled import compile
+from .engine.supported import CoverageError
 from .explanation import Explanation
 from .models import load
 from .targets import TargetError

@@ -5,25 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, passes, targets
 from . import rules as rule_tables
-from .backprop import ApartError, CoverageError, LostError
-from .drawing import NOTHING
+from .engine.supported import CoverageError
+from .engine.walk import ApartError
 from .explanation import Explanation
-from .passes import Facts, Pass, Request
+from .passes import Pass, Request, RunInfo
 from .targets import Target
 
 _SAME = 1e-3  # of the largest logit: what lies nearer is said of an image alone as among others
 
 __all__ = ["TSGB", "explain"]
-
-_T = TypeVar("_T")
 
 
 @torch.inference_mode(False)
@@ -32,7 +29,7 @@ def explain(
     images: Tensor | tuple[Tensor, ...],
     target: Target = None,
     *,
-    rules: rule_tables.Table = rule_tables.DEFAULT,
+    rules: rule_tables.Table | str = rule_tables.FUSED,
     f: float | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
@@ -76,7 +73,7 @@ def explain(
         (torch.Size([2, 2, 128, 128]), [[0, 4], [1, 2]])
     """
     inputs = images if isinstance(images, tuple) else (images,)
-    request = Request(model, rules, f, strict, kwargs=dict(forward_kwargs or {}))
+    request = Request(model, checks.table_of(rules), f, strict, kwargs=dict(forward_kwargs or {}))
     return joined(list(_parts(request, inputs, target, batch_size)), images)
 
 
@@ -99,12 +96,12 @@ class TSGB:
         self,
         model: Callable[..., Any],
         *,
-        rules: rule_tables.Table = rule_tables.DEFAULT,
+        rules: rule_tables.Table | str = rule_tables.FUSED,
         f: float | None = None,
         strict: bool = False,
     ) -> None:
         self.forward_func = model
-        self._rules, self._f, self._strict = rules, f, strict
+        self._rules, self._f, self._strict = checks.table_of(rules), f, strict
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -149,7 +146,7 @@ class TSGB:
         values = inputs if isinstance(inputs, tuple) else (inputs,)
         extra = additional_forward_args
         args = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
-        request = Request(self.forward_func, self._rules, self._f, self._strict, args, whole=True)
+        request = Request(self.forward_func, self._rules, self._f, self._strict, args, per_channel=True)
         parts = list(_parts(request, values, target, batch_size))
         if parts[0].targets.shape[1] != 1:
             raise targets.TargetError(
@@ -169,7 +166,7 @@ class Part:
     targets: Tensor
     logits: Tensor | None
     why_empty: list[list[str | None]]
-    facts: Facts
+    info: RunInfo
 
 
 def joined(parts: Sequence[Part], images: Tensor | tuple[Tensor, ...]) -> Explanation:
@@ -177,7 +174,7 @@ def joined(parts: Sequence[Part], images: Tensor | tuple[Tensor, ...]) -> Explan
     inputs = images if isinstance(images, tuple) else (images,)
     maps = tuple(torch.cat([part.relevance[i] for part in parts]) for i in range(len(inputs)))
     rows: dict[tuple[str, str | None], int] = {}
-    for operator, rule, count in (row for part in parts for row in part.facts.coverage):
+    for operator, rule, count in (row for part in parts for row in part.info.coverage):
         rows[operator, rule] = max(count, rows.get((operator, rule), 0))
     return Explanation(
         maps=maps if isinstance(images, tuple) else maps[0],
@@ -187,24 +184,24 @@ def joined(parts: Sequence[Part], images: Tensor | tuple[Tensor, ...]) -> Explan
         else torch.cat([part.logits for part in parts if part.logits is not None]),
         coverage=[(operator, rule, count) for (operator, rule), count in rows.items()],
         why_empty=[reasons for part in parts for reasons in part.why_empty],
-        f=parts[0].facts.f,
+        f=parts[0].info.f,
         images=images,
-        of_all_depths=parts[0].facts.of_all_depths,
+        of_all_depths=parts[0].info.of_all_depths,
     )
 
 
-def part(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], request: Request) -> Part:
+def part(done: Pass, info: RunInfo, inputs: tuple[Tensor, ...], request: Request) -> Part:
     """Check what a pass found, and say why a map is empty.
 
     Raises:
         CoverageError, ValueError, FloatingPointError: see `explain`.
     """
     checks.check_values(None if -1 in done.targets else done.logits, done.relevance)
-    missed = sorted({operator for operator, rule, _ in facts.coverage if rule is None})
+    missed = sorted({operator for operator, rule, _ in info.coverage if rule is None})
     if request.strict and missed:
         hidden = any(re.search(r"Backward\d*$", name) for name in missed)
         raise CoverageError(
-            f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.DEFAULT, operator: rule}}, "
+            f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.FUSED, operator: rule}}, "
             "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
             + ("; what is named ...Backward ran in an autograd.Function, which no rule reaches" if hidden else "")
         )
@@ -212,36 +209,9 @@ def part(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], request: Request)
         relevance=[values.transpose(0, 1).contiguous() for values in done.relevance],
         targets=done.targets.cpu(),
         logits=done.logits,
-        why_empty=_why_empty(done, facts, inputs, request.whole),
-        facts=facts,
+        why_empty=_why_empty(done, info, inputs, request.per_channel),
+        info=info,
     )
-
-
-def hands_on(run: Callable[[bool], _T]) -> _T:
-    """Run with rules that hand relevance on, or plainly where what they need is lost."""
-    try:
-        return run(True)
-    except (LostError, RuntimeError) as error:
-        if not isinstance(error, LostError) and "modified inplace" not in str(error):
-            raise
-    try:
-        return run(False)
-    except LostError as error:
-        raise CoverageError(f"{error}, which no gradient passes") from error
-
-
-def lacks_zeros(has_shifts: bool, inputs: tuple[Tensor, ...]) -> bool:
-    """Tell whether zeros of the image, which carry nothing, may have been given evidence by a shift."""
-    return has_shifts and any(bool((x == 0).any()) for x in inputs)
-
-
-def filled(image: Tensor) -> Tensor:
-    """A number in the place of zeros, where the type has one that changes nothing."""
-    return torch.where(image == 0, NOTHING, image) if torch.finfo(image.dtype).tiny < NOTHING else image
-
-
-def are_same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is None or other is None or torch.equal(one, other)
 
 
 def _parts(request: Request, inputs: tuple[Tensor, ...], target: Target, batch_size: int | None) -> Iterator[Part]:
@@ -287,43 +257,30 @@ def _explained(request: Request, inputs: tuple[Tensor, ...], target: Target, row
     kwargs = {key: cut(value) for key, value in (request.kwargs or {}).items()}
     images = tuple(x[rows] for x in inputs)
     now, wanted = replace(request, args=args, kwargs=kwargs), cut(target)
-    with torch.inference_mode(False), torch.enable_grad():
-        done, facts = hands_on(partial(_passed, now, images, wanted))
-    return part(done, facts, images, request)
+    with torch.inference_mode(False):
+        done, info = passes.backward(now, wanted, passes.forward(now, images, wanted))
+    return part(done, info, images, request)
 
 
-def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> tuple[Pass, Facts]:
-    def both(request: Request) -> tuple[Pass, Facts]:
-        done = passes.forward(request, inputs, target, handing)
-        if lacks_zeros(done.run.has_shifts, inputs):
-            # A number in their place carries it.
-            other = passes.forward(replace(request, whole=True), tuple(map(filled, inputs)), target, handing)
-            if are_same(done.logits, other.logits):
-                done = other
-        return passes.backward(request, target, done)
-
-    return passes.refolded(both, request)
-
-
-def _why_empty(done: Pass, facts: Facts, inputs: tuple[Tensor, ...], whole: bool) -> list[list[str | None]]:
+def _why_empty(done: Pass, info: RunInfo, inputs: tuple[Tensor, ...], per_channel: bool) -> list[list[str | None]]:
     """For each image and class why its map has no positive value, or None."""
-    maps = [r.sum(2) if whole and x.dim() > 2 else r for r, x in zip(done.relevance, inputs, strict=True)]
+    maps = [r.sum(2) if per_channel and x.dim() > 2 else r for r, x in zip(done.relevance, inputs, strict=True)]
     positive = torch.stack([values.flatten(2).amax(2) > 0 for values in maps]).any(0).T.tolist()
     if all(flag for row in positive for flag in row):
         return [[None] * len(row) for row in positive]
     reached = torch.stack([values.flatten(2).any(2) for values in maps]).any(0).T.tolist()
     arrived = done.arrived.T.tolist()
     return [
-        [None if p else _reason(facts, inputs, n, r, a) for p, r, a in zip(*flags, strict=True)]
+        [None if p else _reason(info, inputs, n, r, a) for p, r, a in zip(*flags, strict=True)]
         for n, flags in enumerate(zip(positive, reached, arrived, strict=True))
     ]
 
 
-def _reason(facts: Facts, inputs: tuple[Tensor, ...], n: int, is_reached: bool, has_arrived: bool) -> str:
-    if not is_reached and all(not (x[n].abs() > NOTHING).any() for x in inputs):
+def _reason(info: RunInfo, inputs: tuple[Tensor, ...], n: int, is_reached: bool, has_arrived: bool) -> str:
+    if not is_reached and all(not x[n].any() for x in inputs):
         return "the image is zero everywhere, and a map is image * gradient"
     if not has_arrived:
-        cut = [name for name in facts.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
+        cut = [name for name in info.above if name in ("relu", "hardtanh", "relu6", "clamp", "threshold")]
         if not cut:
             return "the target does not depend on the head here: no gradient arrives there"
         what = "a ReLU" if "relu" in cut else cut[0]
@@ -334,5 +291,5 @@ def _reason(facts: Facts, inputs: tuple[Tensor, ...], n: int, is_reached: bool, 
     return (
         "no feature with evidence at the head is connected to a pixel that is not zero: the features there are all 0 "
         "(a dead ReLU, or pictures that are not prepared as the model was trained), or what they see of the image is"
-        f"{balanced if facts.f == 1 else ''}"
+        f"{balanced if info.f == 1 else ''}"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rules, targets
-from .backprop import CoverageError
+from .engine.supported import CoverageError
 
 
 def check_inputs(inputs: tuple[Tensor, ...]) -> int:
@@ -54,8 +54,25 @@ def _are_finite(x: Tensor) -> bool:
     return bool(x.detach().sum().isfinite())
 
 
-_ROLES = (rules.HEAD, rules.F, rules.CONSTANT, rules.GATE, rules.RIVALS, rules.MAP)
+_OPTIONS = (rules.HEAD, rules.F, rules.FUSION)
 _STOCHASTIC_DEPTH = ("StochasticDepth", "DropPath")  # torchvision's, timm's
+
+
+def table_of(table: Any) -> Any:
+    """Give the table that a name stands for; any other value as it is.
+
+    Raises:
+        ValueError: no table has the name.
+
+    Example:
+        >>> table_of("pixels") is rules.PIXELS
+        True
+    """
+    if not isinstance(table, str):
+        return table
+    if table not in rules.TABLES:
+        raise ValueError(f"rules must be a table, or one of {', '.join(map(repr, rules.TABLES))}, got {table!r}")
+    return rules.TABLES[table]
 
 
 def check_table(table: Any, f: Any) -> None:
@@ -67,7 +84,7 @@ def check_table(table: Any, f: Any) -> None:
     Example:
         >>> check_table(rules.PIXELS, 0.5)
     """
-    how = "such as tsgb.rules.DEFAULT or {**tsgb.rules.DEFAULT, operator: rule}"
+    how = "such as tsgb.rules.FUSED or {**tsgb.rules.FUSED, operator: rule}"
     if not isinstance(table, dict):
         raise TypeError(f"rules must be a table, {how}, got {type(table).__name__}")
     missing = [key for key in (rules.HEAD, rules.F) if key not in table]
@@ -76,9 +93,9 @@ def check_table(table: Any, f: Any) -> None:
     for key in table:
         owner = getattr(key, "__self__", key)
         is_module = isinstance(key, type) or isinstance(owner, (nn.Module, type(torch.autograd.Function)))
-        if key not in _ROLES and (is_module or not callable(key)):
+        if key not in _OPTIONS and (is_module or not callable(key)):
             raise TypeError(f"rules are by torch function, such as torch.nn.functional.gelu, got {key!r}{_hint(key)}")
-        if key not in _ROLES and not callable(table[key]) and table[key] != rules.ORDINARY:
+        if key not in _OPTIONS and not callable(table[key]) and not isinstance(table[key], rules.Rule):
             name = getattr(key, "__name__", key)
             raise TypeError(f"the rule of {name} must be callable, or tsgb.rules.ORDINARY, got {table[key]!r}")
     if f is not None and (not isinstance(f, (int, float)) or not 0 <= f <= 1):
@@ -123,27 +140,28 @@ def check_mode(model: Any) -> None:
             )
 
 
-def check_logits(logits: Tensor, count: int) -> Tensor:
-    """Refuse logits that do not come from the images, or are not one row for each.
+def check_source(source: Any, score: Tensor, count: int) -> Any:
+    """Refuse logits or scores that do not come from the images, or are not one row for each.
+
+    Args:
+        source: what they are on the tape; None for what does not depend on the images. ``score``: their values.
 
     Raises:
-        CoverageError: no gradient. TargetError: another number of rows.
+        CoverageError: they do not depend on the images. TargetError: another number of rows.
 
     Example:
         >>> import torch
-        >>> check_logits(torch.zeros(2, 5, requires_grad=True), 2).shape
-        torch.Size([2, 5])
+        >>> check_source("a value", torch.zeros(2, 5), 2)
+        'a value'
     """
-    if not logits.requires_grad:
+    if source is None:
         raise CoverageError(
-            "the model's output does not depend on the images through differentiable operations: it is detached, "
-            "computed under torch.no_grad(), or the model is scripted or quantised"
+            "the model's output does not depend on the images through torch operators in this thread: it came through "
+            "NumPy or another thread, or is a constant"
         )
-    if logits.dim() == 2 and len(logits) != count:
-        raise targets.TargetError(
-            f"the model must return one row of logits an image, {count}, got {tuple(logits.shape)}"
-        )
-    return logits
+    if score.dim() == 2 and len(score) != count:
+        raise targets.TargetError(f"the model must return one row of logits an image, {count}, got {tuple(score.shape)}")
+    return source
 
 
 def check_values(logits: Tensor | None, maps: list[Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +14,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import checks, passes, targets
 from . import rules as rule_tables
-from .attribution import are_same, filled, hands_on, joined, lacks_zeros, part
+from .attribution import joined, part
 from .explanation import Explanation
-from .passes import Facts, Pass, Request
+from .passes import Pass, Request, RunInfo
 from .targets import Target
 
 __all__ = ["CompiledExplainer", "compile"]
 
-# How far the graph may lie from `explain`, relative: at least so far, and so many roundings of what it reckons in.
+# How far the graph may lie from `explain`, relative: at least so far, and so many roundings of its arithmetic.
 _LOGITS, _MAPS = (1e-3, 4), (0.05, 40)
 _TF32 = 2**-10  # the rounding of float32 where convolutions may run in TF32, as on a GPU
-_KEPT = 16  # graphs; who gives a new lambda at each call would fill the memory
+_KEPT = 16  # graphs; a caller who gives a new lambda at each call would fill the memory
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class _Program:
     inputs: int
     has_logits: bool
     classes: int
-    facts: Facts
+    info: RunInfo
     target: Target  # held, as a callable is known by its identity
 
     def run(self, tensors: tuple[Tensor, ...]) -> Pass:
-        """Run it; with a target's indices, if it takes any, after the images."""
+        """Run it on the images, with a target's indices after them if it takes any."""
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             found = self.call(*tensors)
         relevance, (indices, arrived), logits = found[: self.inputs], found[self.inputs :][:2], found[self.inputs + 2 :]
@@ -60,7 +59,7 @@ class CompiledExplainer:
         >>> import tsgb
         >>> model = tsgb.load("bundled").model
         >>> x = torch.rand(1, 3, 128, 128)
-        >>> explainer = CompiledExplainer(Request(model, tsgb.rules.DEFAULT, None), backend="eager")
+        >>> explainer = CompiledExplainer(Request(model, tsgb.rules.FUSED, None), backend="eager")
         >>> torch.allclose(explainer(x, 3).maps, tsgb.explain(model, x, 3).maps, atol=1e-5)
         True
     """
@@ -70,6 +69,21 @@ class CompiledExplainer:
         self._programs: dict[Any, _Program] = {}
         self._weights: list[Any] = []
         self._lock = threading.Lock()
+
+    @property
+    def graph(self) -> GraphModule:
+        """The graph that was traced last: from images, and class indices (N, K) if it takes any, to what `explain` knows.
+
+        It is made of ATen operators, holds the model's weights, and returns the maps (K, N, ...) of each input, the
+        targets (N, K), whether any gradient arrived at the head (K, N), and the logits.
+
+        Example:
+            >>> import tsgb
+            >>> explainer = tsgb.compile(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128), 3, backend="eager")
+            >>> len(explainer.graph(torch.rand(1, 3, 128, 128), torch.tensor([[3]])))
+            4
+        """
+        return next(reversed(self._programs.values())).graph
 
     @torch.inference_mode(False)
     def __call__(self, images: Tensor | tuple[Tensor, ...], target: Target = None) -> Explanation:
@@ -85,46 +99,28 @@ class CompiledExplainer:
         checks.check_table(request.table, request.f)
         target = targets.prepare(target, count, targets.names_of(request.model))
         plain = tuple(passes.plain_tensor(x).clone(memory_format=torch.contiguous_format) for x in inputs)
-        found, facts = self._passed(request, plain, target)
-        if lacks_zeros(facts.has_shifts, plain):
-            other, _ = self._passed(request, tuple(map(filled, plain)), target, is_filled=True)
-            if are_same(found.logits, other.logits):
-                found = other
-        return joined([part(found, facts, plain, request)], images)
-
-    def _passed(
-        self, request: Request, inputs: tuple[Tensor, ...], target: Target, is_filled: bool = False
-    ) -> tuple[Pass, Facts]:
         kind = target.shape[1] if isinstance(target, Tensor) else id(target) if callable(target) else target
-        key = (*((x.shape, x.dtype, x.device) for x in inputs), kind, _cast(inputs[0].device.type), is_filled)
-        tensors = (*inputs, target.to(inputs[0].device)) if isinstance(target, Tensor) else inputs
+        key = (*((x.shape, x.dtype, x.device) for x in plain), kind, _cast(plain[0].device.type))
+        tensors = (*plain, target.to(plain[0].device)) if isinstance(target, Tensor) else plain
         with self._lock:
             if self._programs and self._weights != self._now():
                 self._programs.clear()
             known = self._programs.pop(key, None)
-            program = self._made(request, inputs, target, tensors, is_filled) if known is None else known
+            program = self._made(plain, target, tensors) if known is None else known
             while len(self._programs) >= _KEPT:
                 del self._programs[next(iter(self._programs))]
             self._programs[key] = program  # the last used comes last
             if known is None:
                 self._weights = self._now()
         targets.check_range(target, program.classes)
-        return program.run(tensors), program.facts
+        return joined([part(program.run(tensors), program.info, plain, request)], images)
 
-    def _made(
-        self,
-        request: Request,
-        inputs: tuple[Tensor, ...],
-        target: Target,
-        tensors: tuple[Tensor, ...],
-        is_filled: bool,
-    ) -> _Program:
+    def _made(self, inputs: tuple[Tensor, ...], target: Target, tensors: tuple[Tensor, ...]) -> _Program:
         """Trace and compile, and compare with `explain` what comes of it for these images."""
-        passed = partial(_passed, request, is_filled)
-        program = hands_on(lambda handing: _traced(passed, inputs, target, handing))
+        program = _traced(self._request, inputs, target)
         targets.check_range(target, program.classes)
         traced, rounding = program.run(tensors), _rounding(inputs[0])
-        if not _are_close(traced, hands_on(lambda handing: passed(inputs, target, handing))[0], rounding):
+        if not _are_close(traced, _passed(self._request, inputs, target)[0], rounding):
             raise RuntimeError(
                 "the model cannot be traced into a graph, as it takes values out of its tensors (by numpy, say): use "
                 "tsgb.explain"
@@ -152,7 +148,7 @@ def compile(
     example: Tensor | tuple[Tensor, ...],
     target: Target = None,
     *,
-    rules: rule_tables.Table = rule_tables.DEFAULT,
+    rules: rule_tables.Table | str = rule_tables.FUSED,
     f: float | None = None,
     strict: bool = False,
     backend: str | Callable[..., Any] = "inductor",
@@ -160,7 +156,7 @@ def compile(
     """Compile the explanation of a model: the maps of `explain` to rounding, for less than its price.
 
     Forward and backward are traced into one graph, which torch.compile compiles; see `CompiledExplainer` for when this
-    is done anew. It takes from half a minute to some minutes.
+    is done anew, and for the graph itself. It takes from half a minute to some minutes.
 
     Args:
         model, target, rules, f, strict: as in `tsgb.explain`.
@@ -181,25 +177,25 @@ def compile(
         >>> explainer(torch.rand(2, 3, 128, 128), "top2").maps.shape
         torch.Size([2, 2, 128, 128])
     """
-    explainer = CompiledExplainer(Request(model, rules, f, strict), backend)
+    explainer = CompiledExplainer(Request(model, checks.table_of(rules), f, strict), backend)
     explainer(example, target)
     return explainer
 
 
-def _traced(passed: Callable[..., Any], inputs: tuple[Tensor, ...], target: Target, handing: bool) -> _Program:
+def _traced(request: Request, inputs: tuple[Tensor, ...], target: Target) -> _Program:
     """Trace both passes, with other images and another class: what is taken out of their tensors cannot stay unseen."""
-    known: list[tuple[Pass, Facts]] = []
+    known: list[tuple[Pass, RunInfo]] = []
 
     def work(*tensors: Tensor) -> tuple[Tensor, ...]:
         asked = tensors[-1] if len(tensors) > len(inputs) else target
-        done, facts = passed(tensors[: len(inputs)], asked, handing)
-        known.append((done, facts))
+        done, info = _passed(request, tensors[: len(inputs)], asked)
+        known.append((done, info))
         return (*done.relevance, done.targets, done.arrived, *([] if done.logits is None else [done.logits]))
 
     images = [0.3 - 0.5 * x.roll(1, -1) for x in inputs]
     classes = [torch.zeros_like(target, device=inputs[0].device)] if isinstance(target, Tensor) else []
     try:
-        graph = make_fx(work, decomposition_table={torch.ops.aten.div.out: _divided})(*images, *classes)
+        graph = make_fx(work)(*images, *classes)
     except RuntimeError as error:
         if "tracing tensor" not in str(error) and "dynamo-optimized" not in str(error):
             raise
@@ -210,22 +206,14 @@ def _traced(passed: Callable[..., Any], inputs: tuple[Tensor, ...], target: Targ
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise RuntimeError(f"the model draws random numbers ({node.target}): use tsgb.explain")
-    done, facts = known[0]
+    done, info = known[0]
     classes_of = 0 if done.logits is None else done.logits.shape[-1]
-    return _Program(graph, graph, len(inputs), done.logits is not None, classes_of, facts, target)
+    return _Program(graph, graph, len(inputs), done.logits is not None, classes_of, info, target)
 
 
-def _passed(
-    request: Request, is_filled: bool, inputs: tuple[Tensor, ...], target: Target, handing: bool
-) -> tuple[Pass, Facts]:
-    """Run both passes; where zeros are filled, each value's relevance is asked for, to tell which is a trace."""
-
-    def both(request: Request) -> tuple[Pass, Facts]:
-        whole = replace(request, whole=request.whole or is_filled)
-        return passes.backward(request, target, passes.forward(whole, inputs, target, handing))
-
-    with torch.inference_mode(False), torch.enable_grad():
-        return passes.refolded(both, request)
+def _passed(request: Request, inputs: tuple[Tensor, ...], target: Target) -> tuple[Pass, RunInfo]:
+    with torch.inference_mode(False):
+        return passes.backward(request, target, passes.forward(request, inputs, target))
 
 
 def _cast(device: str) -> torch.dtype | None:
@@ -255,7 +243,3 @@ def _are_close(one: Pass, other: Pass, rounding: float) -> bool:
         if not (a - b).norm() <= max(least, roundings * rounding) * b.norm() and not b.isnan().any():
             return False
     return True
-
-
-def _divided(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    return out.copy_(a / b)

@@ -1,51 +1,47 @@
-"""One forward of a model under a table of rules, and one backward for all its targets: what `explain` is made of."""
+"""One forward of a model, recorded under a table of rules, and one walk back for all its targets."""
 
 from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from . import checks, drawing, targets
+from . import checks, fusion, targets
 from . import rules as rule_tables
-from .backprop import (
-    ApartError,
-    Backprop,
-    CoverageError,
-    FoldedError,
-    Gradient,
-    Heads,
-    LostError,
-    Reading,
-    Relevance,
-    is_all_of,
-    recording,
-)
+from .engine.heads import Head, check_positions, coverage
+from .engine.kinds import Gradient
+from .engine.lookup import head_rules, rules_of
+from .engine.private import below_autograd, without_tape
+from .engine.provenance import storages_before
+from .engine.supported import CoverageError
+from .engine.tape import CHANNEL_SUM, PER_CHANNEL, Tape, Value
+from .engine.terms import Cotangent, channel_sum, dense
+from .engine.walk import ApartError, FieldRecorder, gradient_at, walk
 from .explanation import Row
 from .targets import Target
 
-__all__ = ["Facts", "Forward", "Pass", "Request", "backward", "forward", "plain_tensor", "refolded"]
+__all__ = ["Forward", "Pass", "Request", "RunInfo", "backward", "forward", "plain_tensor", "recording"]
 
-#: Models whose batch norm is not folded, as it had been in vain; nothing but time depends on it.
-_UNFOLDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_T = TypeVar("_T")
 _LOCK, _STANCE, _running = threading.Lock(), ExitStack(), 0  # threads in which compiled code runs as it was written
-_RIVALS = 20  # classes of the highest logits, which those asked for may have to compete with
 _AT_ONCE = 2**26  # values of images times classes that go backward together
+_NOTHING = 1e-30  # makes 0 / 0 a zero, and changes no other number
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model, but for the images and the targets."""
+    """What is asked of a model, but for the images and the targets.
+
+    Attributes:
+        per_channel: whether the relevance of every value of an image is asked for, not its sum over the channels.
+        apart: whether images that the model cuts apart or copies are explained together, by their pixels.
+    """
 
     model: Callable[..., Any]
     table: rule_tables.Table
@@ -53,32 +49,36 @@ class Request:
     strict: bool = False
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
-    whole: bool = False  # whether the relevance of every value of an input is asked for, not its sum over the channels
-    folds: bool = True  # whether batch norm may be folded into convolutions
-    apart: bool = False  # whether images that the model cuts apart or copies are explained together, by their pixels
+    per_channel: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward, with what backward needs."""
+    """A recorded forward.
 
-    run: Backprop
-    leaves: tuple[Tensor, ...]
+    Attributes:
+        inputs: the images. ``output``: what the model returned.
+        logits: a copy of the model's logits, or None; ``logits_value``: what they are on the tape.
+        score: (N,), of a callable target; ``score_value``: what it is on the tape.
+    """
+
+    tape: Tape
+    inputs: tuple[Tensor, ...]
     output: Any
-    logits: Tensor | None  # a copy
-    scores: Tensor | None  # (N,), of a callable target
-    before: tuple[Tensor, GradientEdge] | None  # the logits as a callable found them, whatever it wrote on them
-    handing: bool
+    logits: Tensor | None
+    logits_value: Value | None
+    score: Tensor | None
+    score_value: Value | None
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunInfo:
     """What is known once the model has run, the same for all images of a shape."""
 
     coverage: list[Row]
     above: tuple[str, ...]  # operators between the head and the target
     f: float | None
-    has_shifts: bool
     of_all_depths: bool  # or of the pixels' own relevance
 
 
@@ -98,240 +98,250 @@ class Pass:
     arrived: Tensor
 
 
-def forward(request: Request, inputs: tuple[Tensor, ...], target: Target, handing: bool) -> Forward:
-    """Run the model, and a callable target, under the rules.
+def forward(request: Request, inputs: tuple[Tensor, ...], target: Target) -> Forward:
+    """Run the model, and a callable target, on a tape.
 
     Args:
-        target: what `targets.prepare` returned. ``handing``: whether rules hand relevance on where they can.
+        target: what `targets.prepare` returned.
     """
-    return refolded(partial(_forward, inputs, target, handing), request)
-
-
-def refolded(run: Callable[[Request], _T], request: Request) -> _T:
-    """Run with batch norm folded where it may be; where that was in vain again without, which is remembered."""
-    try:
-        return run(request)
-    except FoldedError:
-        if isinstance(request.model, nn.Module):
-            _UNFOLDED.add(request.model)
-        return run(replace(request, folds=False))
-
-
-def _forward(inputs: tuple[Tensor, ...], target: Target, handing: bool, request: Request) -> Forward:
-    module = request.model if isinstance(request.model, nn.Module) else None  # what else is called may have no hash
-    pools = None
-    if request.folds and (module is None or module not in _UNFOLDED):
-        pools = 0 if module is None else sum("MaxPool" in type(part).__name__ for part in module.modules())
-    leaves = tuple(_leaf(x) for x in inputs)
-    with recording(request.table, request.f, handing, pools) as run:
-        images = tuple(run.enter(leaf, _format(leaf, handing), request.whole) for leaf in leaves)
-        output = _called(request.model, images, request.args, request.kwargs or {})
-        found = _logits_if_any(output)
-        logits = None if found is None else found.detach().clone()
-        scores, before = None, None
+    inputs = tuple(plain_tensor(x) for x in inputs)
+    held = (request.args, request.kwargs, target if callable(target) else None)
+    score = score_value = None
+    needs = [PER_CHANNEL if request.per_channel or x.dim() < 3 else CHANNEL_SUM for x in inputs]
+    with recording(request.table, request.model, inputs, needs, held) as (tape, images):
+        output = _call(request.model, images, request.args, request.kwargs or {})
+        logits = _logits_if_any(output)
+        logits_value = None if logits is None else tape.value_of(logits)
+        kept = None if logits is None else without_tape(logits)
         if callable(target):
-            if found is not None and found.requires_grad and rule_tables.RIVALS in request.table:
-                with torch._C.DisableTorchFunction():
-                    before = found.clone(), get_gradient_edge(found)
-            run.in_target = True
-            scores = targets.scores(target, output, len(leaves[0]))
-    return Forward(run, leaves, output, logits, scores, before, handing)
+            tape.in_target = True
+            score = targets.scores(target, output, len(inputs[0]))
+            score_value = tape.value_of(score)
+            score = without_tape(score)
+    return Forward(tape, inputs, output, kept, logits_value, score, score_value)
 
 
-def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Facts]:
-    """Run back from the targets to the inputs, for as many classes at once as memory allows.
+@contextmanager
+def recording(
+    table: rule_tables.Table, model: Callable[..., Any], inputs: Sequence[Tensor], needs: Sequence[str], held: Any = None
+) -> Iterator[tuple[Tape, list[Tensor]]]:
+    """Record the body, which runs the model on copies of the inputs.
+
+    Args:
+        needs: what is to arrive at each input, see `engine.tape`. ``held``: what else the model is given.
+
+    Yields:
+        The tape, and the copies. `Tape.close` is the caller's, once the body has ended well.
+    """
+    tape = Tape(rules_of(table), head_rules(table), Gradient(None), storages_before(model, held))
+    copies = [x.clone(memory_format=_layout(x)) for x in inputs]
+    images = [tape.enter(x, need) for x, need in zip(copies, needs, strict=True)]
+    try:
+        with torch.inference_mode(False), below_autograd(), _without_autocast_cache(), tape:
+            yield tape, images
+    except BaseException:
+        tape.close()
+        raise
+    finally:
+        tape.restore_random_state()
+
+
+def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, RunInfo]:
+    """Walk back from the targets to the inputs, for as many classes at once as memory allows.
 
     Raises:
         TargetError: a class that the model does not have. CoverageError: the head cannot be told.
-        FoldedError: batch norm was folded where it must not be, see `refolded`.
     """
-    run, leaves, count = done.run, done.leaves, len(done.leaves[0])
-    if done.scores is not None:
-        score, indices = done.scores, torch.full((count, 1), -1)
+    try:
+        with torch.autocast(done.inputs[0].device.type, enabled=False), torch.no_grad():
+            return _backward(request, target, done)
+    finally:
+        done.tape.close()
+
+
+def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, RunInfo]:
+    tape, count = done.tape, len(done.inputs[0])
+    table, rows, unit = request.table, None, None
+    if done.score is not None:
+        score, source = done.score, done.score_value
+        indices = torch.full((count, 1), -1)
     else:
-        score = checks.check_logits(targets.find_logits(done.output), count)
+        if done.logits is None:
+            targets.find_logits(done.output)  # says what is missing
+        score, source = done.logits, done.logits_value
+    assert score is not None
+    source = checks.check_source(source, score, count)
+    if done.score is None:
         indices = targets.resolve(target, score)
-    heads = run.find_heads(score, count, one_each=done.scores is None)
-    run.coverage.check_positions()
-    seeds = torch.ones_like(score)[None] if done.scores is not None else _one_hot(indices, score)
-    counted, unit = _counted(done), None
-    if counted is not None:
-        score, weights = counted
-        unit = weights.abs().amax(2)  # so that what competes is in logits
-        seeds = weights / unit.clamp(min=drawing.NOTHING)[:, :, None]
-    are_logits = done.scores is None or counted is not None
+        rows = indices.T.to(score.device)
+        seeds = _one_hot(rows, score)
+    else:
+        seeds = torch.ones_like(score)[None]
+        counted = _counted(done) if table.get(rule_tables.FUSION) else None
+        if counted is not None:
+            score, source, weights = done.logits, done.logits_value, counted
+            assert score is not None and source is not None
+            unit = weights.abs().amax(2)  # so that what competes is in logits
+            seeds = weights / unit.clamp(min=_NOTHING)[:, :, None]
+    head = Head(tape, source, head_rules(table), table[rule_tables.F] if request.f is None else request.f)
+    check_positions(tape)
+    info = coverage(tape, source, head)
     parts = []
-    step = max(1, _AT_ONCE // max(1, leaves[0].numel())) if done.handing else 1
+    step = max(1, _AT_ONCE // max(1, done.inputs[0].numel()))
     for start in range(0, len(seeds), step):
-        classes, is_last = seeds[start : start + step], start + step >= len(seeds)
-        with torch.autocast(leaves[0].device.type, enabled=False), _once():
-            parts.append(_together(request, done, heads, score, classes, are_logits, retain=not is_last))
-    of_all_depths = all(is_drawn for _, _, is_drawn in parts)
-    facts = Facts(run.coverage.rows(), tuple(heads.above), heads.f, run.has_shifts, of_all_depths)
+        part = slice(start, start + step)
+        is_last = start + step >= len(seeds)
+        parts.append(_together(request, done, head, score, seeds[part], None if rows is None else rows[part], is_last))
     maps = [torch.cat(column) for column in zip(*(found for found, _, _ in parts), strict=True)]
     if unit is not None:
         maps = [values * unit.to(values.device).reshape(*unit.shape, *(1,) * (values.dim() - 2)) for values in maps]
-    return Pass(maps, indices, done.logits, torch.cat([arrived for _, arrived, _ in parts])), facts
+    f = None if head.f is None else float(head.f)
+    above = tuple(node.name for node in head.above)
+    found = Pass(maps, indices, done.logits, torch.cat([arrived for _, arrived, _ in parts]))
+    return found, RunInfo(info, above, f, all(is_fused for _, _, is_fused in parts))
 
 
 def _together(
-    request: Request, done: Forward, heads: Heads, score: Tensor, classes: Tensor, are_logits: bool, retain: bool
+    request: Request, done: Forward, head: Head, score: Tensor, seeds: Tensor, rows: Tensor | None, is_last: bool
 ) -> tuple[list[Tensor], Tensor, bool]:
-    """Maps of each input (K, N, *) for classes that go backward together; whether anything arrived, by class and image.
-
-    And whether the maps are of all depths.
-
-    Args:
-        heads: of the forward. ``score``: what goes backward, from the seeds ``classes``, (K, *shape of the score).
-        are_logits: whether the score holds one number for each class. ``retain``: whether more classes follow.
-    """
-    leaves, count = done.leaves, len(done.leaves[0])
-    rows, reading = _rows(request.table, score, classes, are_logits)
-    found = [] if reading is None else heads.read_by(reading)
-    if reading is None or not found:
-        reading = None
-        grads = _gradients(score, leaves, classes, retain, done.handing)
-        arrived = heads.arrived(len(classes), count)
-    else:
-        with reading.hooked(found, heads.past(found)):
-            if done.handing:
-                grads = _gradients(score, leaves, rows, retain, True)
-                arrived = heads.arrived(len(rows), count)[: len(classes)]
-            else:
-                reading.listen(found, score, rows)
-                arrived = heads.arrived(1, count)
-                grads = _gradients(score, leaves, rows[:1] - rows[-1:] if len(rows) > 1 else rows, retain, False)
-    rule, drawn = request.table.get(rule_tables.MAP), None
-    if reading is not None and rule is not None and len(leaves) == 1:
-        if count > 1 and not request.apart and reading.is_apart_from(leaves[0]):
+    """Explain classes that go backward together: maps of each input (K, N, *), what arrived, and whether all depths."""
+    tape, count, classes = done.tape, len(done.inputs[0]), len(seeds)
+    numbers: fusion.Fusion | None = request.table.get(rule_tables.FUSION)
+    tape.recorder = recorder = None
+    if numbers is not None and len(done.inputs) == 1:
+        recorder = FieldRecorder(None, classes, 0, count)
+        if score.dim() == 2 and score.shape[1] > 1 and (rows is not None or seeds.dim() == 3):
+            rivals = score.topk(min(numbers.rivals, score.shape[1])).indices.T
+            mean = seeds.new_full((1, *score.shape), 1 / score.shape[1])
+            seeds = torch.cat([seeds, _one_hot(rivals, score).to(seeds.dtype), mean])
+            rows = None if rows is None else torch.cat([rows, rivals])
+            recorder = FieldRecorder(partial(_gate, numbers), classes, len(rivals), count)
+        if not recorder.plan(head):
+            recorder, seeds, rows = None, seeds[:classes], None if rows is None else rows[:classes]
+        tape.recorder = recorder
+    arrived_at = walk(tape, head.target, seeds.to(_wide(seeds.dtype)), head, classes, rows, frees=is_last)
+    arrived = head.arrivals(classes, count)
+    fused = None
+    if recorder is not None and numbers is not None:
+        if count > 1 and not request.apart and recorder.is_apart_from(done.inputs[0]):
             raise ApartError(
-                "the model cuts its images apart along the batch, or copies them, so that several at once have no map "
-                "of all depths: give it one image"
+                "the model cuts its images apart along the batch, or copies them, so that several at once have no "
+                "fused map: give it one image"
             )
-        drawn = drawing.all_depths(rule, reading, leaves[0].detach(), request.whole)
-    if drawn is not None:
-        maps = [drawn]
-    else:
-        maps = [drawing.relevance(x, g, len(classes), request.whole) for x, g in zip(leaves, grads, strict=True)]
-    if reading is not None:  # of a class that nothing arrives of, what all classes share is no evidence
-        maps = [drawing.where(arrived, values) for values in maps]
-    return maps, arrived, drawn is not None
+        fused = fusion.fused_map(recorder.fields, recorder.evidence, done.inputs[0], numbers, request.per_channel)
+    maps = [fused] if fused is not None else [
+        _relevance(x, given, classes, request.per_channel) for x, given in zip(done.inputs, arrived_at, strict=True)
+    ]
+    if recorder is not None:  # of a class that nothing arrives of, what all classes share is no evidence
+        maps = [torch.where(_like(arrived.to(values.device), values), values, 0) for values in maps]
+    return maps, arrived, fused is not None
+
+
+def _gate(numbers: fusion.Fusion, evidence: Tensor, requested: int) -> Tensor:
+    return fusion.competition_gate(evidence, requested, numbers)
+
+
+def _relevance(image: Tensor, given: Cotangent | None, count: int, per_channel: bool) -> Tensor:
+    """Give the relevance of an image for ``count`` classes: (count, *shape), or summed over the channels."""
+    if given is None:
+        values = torch.zeros_like(image, dtype=_wide(image.dtype)).expand(count, *image.shape)
+        return values if per_channel or image.dim() < 3 else values.sum(2)
+    assert not isinstance(given, Tensor)
+    return dense(given) if per_channel or image.dim() < 3 else channel_sum(given).squeeze(2)
+
+
+def _counted(done: Forward) -> Tensor | None:
+    """How much each logit counts in a callable's scores: (1, N, classes).
+
+    So the classes compete as where they are asked for by number. None where the scores read something else too.
+    """
+    logits, source = done.logits, done.logits_value
+    if logits is None or source is None or done.score_value is None or logits.dim() != 2 or source is done.score_value:
+        return None
+    return gradient_at(done.tape, done.score_value, source) if len(logits) == len(done.inputs[0]) else None
+
+
+def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
+    """Give seeds (K, N, classes) of classes (K, N)."""
+    seeds = logits.new_zeros(len(classes), *logits.shape)
+    return seeds.scatter_(2, classes[:, :, None].to(logits.device), 1)
+
+
+def _like(flags: Tensor, values: Tensor) -> Tensor:
+    return flags.reshape(*flags.shape, *(1,) * (values.dim() - 2))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def plain_tensor(x: Tensor) -> Tensor:
-    """An image without its graph and its own class."""
-    return x.detach() if type(x) is Tensor else x.detach().as_subclass(Tensor)  # which a trace cannot follow
+    """Give an image without its graph and its own class."""
+    x = x.detach() if type(x) is Tensor else x.detach().as_subclass(Tensor)  # which a trace cannot follow
+    return x.clone() if x.is_inference() else x
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """An image as a leaf of a graph; it is not copied, as the model is given a copy."""
-    image = plain_tensor(x)
-    return (image.clone() if image.is_inference() else image).requires_grad_()
-
-
-def _format(image: Tensor, handing: bool) -> torch.memory_format:
+def _layout(image: Tensor) -> torch.memory_format:
     """Channels last on a CPU, where convolutions and sums over channels are quicker so."""
-    is_given = not image.is_contiguous()
-    if handing and image.dim() == 4 and image.device.type == "cpu" and image.dtype != torch.float64 and not is_given:
+    if image.dim() == 4 and image.device.type == "cpu" and image.dtype != torch.float64 and image.is_contiguous():
         return torch.channels_last
     return torch.preserve_format
 
 
-def _gradients(
-    score: Tensor, leaves: Sequence[Tensor] | Sequence[GradientEdge], seeds: Tensor, retain: bool, handing: bool
-) -> tuple[Tensor | None, ...]:
-    """What arrives at each leaf of K seeds (K, *shape of the score): a `Relevance`, or the gradient of one class."""
-    seed = Relevance(score.shape, score.dtype, [Gradient(seeds)]) if handing else seeds[0]
-    return torch.autograd.grad(score, leaves, seed, retain_graph=retain, allow_unused=True)
-
-
 @contextmanager
-def _once() -> Iterator[None]:
-    """Say in a line why a graph cannot go backward whose forward runs again there."""
+def _without_autocast_cache() -> Iterator[None]:
+    """Leave autocast's cache of weights alone: what is cast below autograd would have no gradient in later training."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         yield
-    except RuntimeError as error:
-        if "checkpoint" in f"{type(error).__name__} {error}".lower():
-            raise RuntimeError("the model uses gradient checkpointing, which runs it twice: switch it off") from error
-        raise
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
-def _rows(table: rule_tables.Table, score: Tensor, classes: Tensor, is_logits: bool) -> tuple[Tensor, Reading | None]:
-    """What goes backward for the classes asked for: they alone, or with what they compete with.
-
-    Args:
-        table: of rules. ``classes``: seeds (K, *shape of the score).
-        is_logits: whether the score holds one number for each class.
-
-    Returns:
-        The seeds of the classes, of the highest logits, and of the mean of all; and what reads them.
-    """
-    rule, count = table.get(rule_tables.RIVALS), len(score)
-    if rule is None or not is_logits or score.shape[1] < 2:
-        is_read = rule is not None or rule_tables.MAP in table
-        return classes, Reading(None, len(classes), 0, count) if is_read else None
-    rivals = _one_hot(score.detach().topk(min(_RIVALS, score.shape[1])).indices, score)
-    mean = (classes[:1].sum(2, keepdim=True) / score.shape[1]).expand(1, *score.shape)
-    return torch.cat([classes, rivals, mean]), Reading(rule, len(classes), len(rivals), count)
-
-
-def _counted(done: Forward) -> tuple[Tensor, Tensor] | None:
-    """The logits that a callable's scores come from, and how much each counts in them: (1, N, classes).
-
-    So the classes compete as where they are asked for by number. None where nothing competes, the target is no
-    callable, or its scores read something else of the model too.
-    """
-    if done.scores is None or done.before is None:
-        return None
-    logits, edge = done.before
-    if logits.dim() != 2 or len(logits) != len(done.scores) or not is_all_of(done.scores, edge, done.leaves):
-        return None
-    (grad,) = _gradients(done.scores, (edge,), torch.ones_like(done.scores)[None], True, done.handing)
-    if grad is None:
-        return None
-    return logits, (grad.gradients() if isinstance(grad, Relevance) else grad[None])
-
-
-def _one_hot(classes: Tensor, logits: Tensor) -> Tensor:
-    """Seeds (K, N, classes) of targets (N, K)."""
-    seeds = logits.new_zeros(classes.shape[1], *logits.shape)
-    return seeds.scatter_(2, classes.T[:, :, None].to(logits.device), 1)
-
-
-def _called(
-    model: Callable[..., Any], images: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _call(model: Callable[..., Any], images: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         with _as_written() if _is_compiled(model) else nullcontext():
             return model(*images, *args, **kwargs)
-    except (RuntimeError, ValueError, TypeError) as error:
-        if "created inside a custom Function" in str(error):
-            raise LostError("the model writes on a view of what passed a rule") from error
-        if "TorchScript interpreter" in str(error):
-            raise CoverageError(
-                "the model runs a scripted module, whose operators do not pass through torch's functions: explain the "
-                "module before scripting"
-            ) from error
-        weights = model.parameters() if isinstance(model, nn.Module) else ()
-        held = next((p for p in weights if p.is_floating_point()), None)
-        if held is not None and held.device != images[0].device:
-            raise ValueError(
-                f"images must be on the model's device {held.device}, got {images[0].device}: "
-                f"call images.to({str(held.device)!r})"
-            ) from error
-        if held is not None and held.dtype != images[0].dtype and "type" in str(error).lower():
-            raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
-        if isinstance(error, TypeError) and "required positional argument" in str(error):
-            raise TypeError(
-                f"{error}: pass what else the model takes as forward_kwargs={{name: value}}, or several inputs to be "
-                "explained as a tuple"
-            ) from error
-        if images[0].dim() == 3 and len(images[0]) in (1, 3):
-            raise ValueError(
-                f"the model refused images of shape {tuple(images[0].shape)} ({error}): one picture (C, H, W) is given "
-                "as images[None]"
-            ) from error
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        if isinstance(error, CoverageError):
+            raise
+        raise_understood(error, model, images)
         raise
+
+
+def raise_understood(error: Exception, model: Callable[..., Any], images: Sequence[Tensor]) -> None:
+    """Say in a line what a model's error is about, where that is known."""
+    text = str(error)
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    held = next((p for p in weights if p.is_floating_point()), None)
+    if "does not require grad" in text or "requires_grad" in text and "autograd.grad" in text:
+        raise CoverageError(
+            "the model differentiates inside its forward (torch.autograd.grad, backward), where no graph is built: "
+            "explain the part of it that runs forward alone"
+        ) from error
+    if "vmap" in text or "functorch" in text or "There was no rule registered for HOP" in text:
+        raise CoverageError(
+            f"the model calls a transformation of functions ({text.splitlines()[0][:80]}), below which no operator is "
+            "seen: write the loop out"
+        ) from error
+    if held is not None and held.device != images[0].device:
+        raise ValueError(
+            f"images must be on the model's device {held.device}, got {images[0].device}: "
+            f"call images.to({str(held.device)!r})"
+        ) from error
+    if held is not None and held.dtype != images[0].dtype and "type" in text.lower():
+        raise TypeError(f"images must be of the model's dtype {held.dtype}, got {images[0].dtype}") from error
+    if isinstance(error, TypeError) and "required positional argument" in text:
+        raise TypeError(
+            f"{error}: pass what else the model takes as forward_kwargs={{name: value}}, or several inputs to be "
+            "explained as a tuple"
+        ) from error
+    if images[0].dim() == 3 and len(images[0]) in (1, 3):
+        raise ValueError(
+            f"the model refused images of shape {tuple(images[0].shape)} ({error}): one image (C, H, W) is given as "
+            "images[None]"
+        ) from error
 
 
 def _is_compiled(model: Callable[..., Any]) -> bool:

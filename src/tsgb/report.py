@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import pictures, render, rules, targets
 from .attribution import explain
-from .backprop import CoverageError
+from .engine.supported import CoverageError
 from .explanation import Explanation
 from .models import Network
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .engine.private import is_traced
 
 __all__ = [
     "Target",
@@ -274,10 +274,10 @@ def scores(target: Callable[[Any], Tensor], output: Any, count: int) -> Tensor:
         output: what the model returned for N = ``count`` images.
 
     Raises:
-        TargetError: the result is something else, or does not depend on the image.
+        TargetError: the result is something else.
 
     Example:
-        >>> scores(lambda output: output[:, 0] - output[:, 1], torch.ones(2, 3, requires_grad=True), 2).tolist()
+        >>> scores(lambda output: output[:, 0] - output[:, 1], torch.ones(2, 3), 2).tolist()
         [0.0, 0.0]
     """
     value = target(output)
@@ -286,6 +286,4 @@ def scores(target: Callable[[Any], Tensor], output: Any, count: int) -> Tensor:
         raise TargetError(f"{expected}, got {type(value).__name__}")
     if tuple(value.shape) != (count,) or not value.is_floating_point():
         raise TargetError(f"{expected}, got {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}")
-    if not value.requires_grad:
-        raise TargetError(f"{expected}, got one that does not depend on the image through differentiable operations")
     return value

@@ -13,15 +13,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .. import rules
-from ..backprop import operators
+from . import spelled as operators
 
 __all__ = ["prepared", "twin_of"]
 
-_BENT = {
+_BENT = {str(packet).split(".")[1].strip("_") for packet in (*rules.ACTIVATIONS, *rules.GATES)} | {
     operators.name(function)
     for function in (
-        *rules.ACTIVATIONS,
-        *rules.GATES,
+        functional.softsign,
+        functional.tanhshrink,
         functional.softplus,
         functional.layer_norm,
         functional.group_norm,
@@ -35,6 +35,7 @@ _BENT = {
         torch.minimum,
         torch.max,
         torch.amax,
+        torch.clip,
     )
 }
 _PRODUCTS = {operators.name(function) for function in (torch.mul, torch.div, torch.matmul, torch.bmm)}

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from .. import rules
 from ..attribution import explain
-from ..backprop import recording
+from ..engine.heads import Head
+from ..engine.lookup import head_rules
+from ..engine.tape import GRADIENT
+from ..engine.terms import channel_sum
+from ..engine.walk import walk
+from ..passes import recording
 from ..targets import find_logits
 from .cams import gradcam
 from .layers import Place, twice_as_large
@@ -163,20 +168,29 @@ def _propagated(
 
     Without ``find_heads`` the operators above the head follow the table too, as guided backprop and deconvnet want it.
     """
-    leaf = images.detach().clone().requires_grad_()
-    image = leaf.clone()
-    with recording(table) as run, _captured(model, place) as outputs:
-        output = model(image)
-    logits = find_logits(output)
-    if find_heads:
-        run.find_heads(logits, len(images))
-    values = leaf if place is None else outputs[place.call]
-    columns = []
-    for k, target in enumerate(targets.T):
-        seed = torch.zeros_like(logits).scatter_(1, target[:, None], 1)
-        (grad,) = torch.autograd.grad(logits, values, seed, retain_graph=k + 1 < targets.shape[1])
-        columns.append(read(values.detach(), grad))
-    return torch.stack(columns, 1)
+    images = images.detach()
+    with recording(table, model, [images], [GRADIENT]) as (tape, (image,)), _captured(model, place) as outputs:
+        logits = find_logits(model(image))
+        target, source = tape.value_of(logits), tape.images[0]
+        if place is not None:
+            found = tape.value_of(outputs[place.call])
+            assert found is not None
+            source, image = found, outputs[place.call]
+        values = image.detach()
+    try:
+        assert target is not None
+        head = Head(tape, target, head_rules(table), table[rules.F]) if find_heads else None
+        seeds = torch.zeros(targets.shape[1], *target.shape).to(images).scatter_(2, targets.T[:, :, None], 1)
+        with torch.no_grad():
+            (given,) = walk(tape, target, seeds, head, len(seeds), until=None if place is None else [source])
+    finally:
+        tape.close()
+    if given is None:
+        given = torch.zeros(targets.shape[1], *values.shape)
+    if not isinstance(given, Tensor):  # relevance
+        relevance = channel_sum(given).squeeze(2)
+        return torch.stack([read(torch.ones_like(row[:, None]), row[:, None]) for row in relevance], 1)
+    return torch.stack([read(values, grad) for grad in given], 1)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .. import rules
-from ..backprop import operators
+from . import spelled as operators
 from ..targets import find_logits
 from ..vision import import_torchvision
 from .activations import twin_of
@@ -97,7 +97,7 @@ _SHARED = {
         *(functional.avg_pool2d, functional.adaptive_avg_pool2d, functional.interpolate),
     )
 }
-_PASSED = {operators.name(function) for function in rules.ACTIVATIONS} | {
+_PASSED = {str(packet).split(".")[1].strip("_") for packet in rules.ACTIVATIONS} | {
     "batch_norm",
     "layer_norm",
     "group_norm",

@@ -2,98 +2,47 @@
 
 >>> import torch
 >>> from tsgb import rules
->>> rules.PIXELS[torch.nn.functional.conv2d].__name__, rules.PAPER[torch.nn.functional.conv2d].__name__
-('conv', 'conv_lumped')
+>>> rules.PIXELS[torch.ops.aten.conv2d].name, rules.PAPER[torch.ops.aten.conv2d].name
+('conv', 'conv_merged_groups')
 """
 
-from .classic import (
-    CONTRASTIVE,
-    DECONVNET,
-    EXCITATION,
-    GUIDED,
-    contrastive_head,
-    deconvnet,
-    excitation,
-    excitation_head,
-    guided,
-)
-from .extensions import conv_transposed, glu
-from .formulas import (
-    activation,
-    avg_pool,
-    batch_norm,
-    conv,
-    conv_lumped,
-    gate,
-    linear,
-    shift,
-)
-from .heads import conv_head, conv_transposed_head, gradient, gradient_head, linear_head, selectivity
-from .maps import claims, depths, rivalry
+from .baselines import CONTRASTIVE, DECONVNET, EXCITATION, GUIDED
+from .formulas import selectivity
 from .tables import (
     ACTIVATIONS,
-    CONSTANT,
     DEFAULT,
-    GATE,
+    FUSED,
+    FUSION,
     GATES,
     HEAD,
-    KINKED,
-    MAP,
     ORDINARY,
     PAPER,
     PIXELS,
-    RELUS,
-    RIVALS,
-    TRANSPOSED,
+    RECTIFIERS,
+    TABLES,
     F,
+    Rule,
     Table,
-    plain,
 )
 
 __all__ = [
     "ACTIVATIONS",
-    "CONSTANT",
     "CONTRASTIVE",
     "DECONVNET",
     "DEFAULT",
     "EXCITATION",
-    "GATE",
+    "FUSED",
+    "FUSION",
     "GATES",
     "GUIDED",
     "HEAD",
-    "KINKED",
-    "MAP",
     "ORDINARY",
     "PAPER",
     "PIXELS",
-    "RELUS",
-    "RIVALS",
-    "TRANSPOSED",
+    "RECTIFIERS",
+    "TABLES",
     "F",
+    "Rule",
     "Table",
-    "activation",
-    "avg_pool",
-    "batch_norm",
-    "claims",
-    "contrastive_head",
-    "conv",
-    "conv_head",
-    "conv_lumped",
-    "conv_transposed",
-    "conv_transposed_head",
-    "deconvnet",
-    "depths",
-    "excitation",
-    "excitation_head",
-    "gate",
-    "glu",
-    "gradient",
-    "gradient_head",
-    "guided",
-    "linear",
-    "linear_head",
-    "plain",
-    "rivalry",
     "selectivity",
-    "shift",
 ]

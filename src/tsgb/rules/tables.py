@@ -1,45 +1,50 @@
 """The tables that say which operator has which rule.
 
-A table maps torch functions to rules. One entry serves every spelling of an operator (``F.relu``, ``torch.relu``,
-``x.relu_()``). ``ORDINARY`` marks operators that keep their own gradient on purpose; an operator that the table does
-not name keeps it too, but is reported. Three keys are no functions but roles that an operator plays in a network:
+A table maps ATen operators to rules, ``torch.ops.aten.conv2d`` for one, so that one entry serves every spelling of an
+operator (``F.relu``, ``torch.relu``, ``x.relu_()``, a scripted module's). A torch function may stand for its operator.
+To change a rule, make a table of your own::
 
-- ``HEAD``: a table of the operators that carry weights, and their rules where they are the last before the target;
-- ``CONSTANT``: operators one of whose operands does not depend on the image (``x - mean``);
-- ``GATE``: products of a signal and a gate (``x * sigmoid(y)``).
+    {**tsgb.rules.FUSED, torch.nn.functional.gelu: my_rule}          my_rule(grad, x, *args) -> grad_x
 
-``F`` holds the number f of the head's rule, or a function that chooses it (see `selectivity`), or None where there is
-none. To change a rule, make a table of your own: ``{**DEFAULT, torch.nn.functional.gelu: mine}``.
+`ORDINARY` marks operators for which the gradient is the right rule. An operator that the table does not name, and that
+is no composite of those, has its gradient as a fallback, and is reported. Three keys are no operators:
 
-Two say how the map is read of the backward; without them it is the relevance at the image:
-
-- ``RIVALS``: how classes compete where their evidence meets the map, see `rivalry`;
-- ``MAP``: how the fields of all depths make one map, see `depths`.
+- `HEAD`: the operators with weights, and their rules where they are the last before the target;
+- `F`: the number f of the head's rule, or a function that chooses it (see `selectivity`), or None where there is none;
+- `FUSION`: how classes compete and depths are fused, a `tsgb.fusion.Fusion`; None for the relevance of the pixels.
 """
 
-from collections.abc import Callable
-from functools import partial, wraps
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .extensions import conv_transposed, glu
-from .formulas import (
-    activation,
-    avg_pool,
-    batch_norm,
-    conv,
-    conv_lumped,
-    gate,
-    linear,
-    shift,
-)
-from .heads import Split, conv_head, conv_transposed_head, gradient_head, linear_head, selectivity
-from .maps import depths, rivalry
+from ..fusion import Fusion
+from . import formulas
+from .formulas import Split, selectivity
 
+aten = torch.ops.aten
 Table = dict[Any, Any]
+
+HEAD, F, FUSION = "head", "f", "fusion"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a table says of an operator.
+
+    Attributes:
+        kind: of the kinds in `tsgb.engine.kinds`.
+        name: in the coverage.
+        formula: of the kind "formula", ``formula(grad, x, ...) -> grad_x``.
+    """
+
+    kind: str
+    name: str = "ordinary"
+    formula: Callable[..., Tensor] | None = None
 
 
 class _Named(Table):
@@ -53,135 +58,109 @@ class _Named(Table):
         return f"tsgb.rules.{self._name}"
 
 
-ORDINARY = "ordinary"
-HEAD, CONSTANT, GATE, F = "head", "constant", "gate", "f"
-RIVALS, MAP = "rivals", "map"
-
-#: What opens and closes: a factor that comes from one of these is a gate.
-GATES = (torch.sigmoid, functional.hardsigmoid, functional.softmax)
+def _packets(names: str) -> list[Any]:
+    """Find operators by name; not every release of torch has them all."""
+    return [getattr(aten, name) for name in names.split() if hasattr(aten, name)]
 
 
+def _each(names: Iterable[Any] | str, rule: Any) -> Table:
+    return dict.fromkeys(_packets(names) if isinstance(names, str) else names, rule)
+
+
+ORDINARY = Rule("gradient")
+
+#: Elementwise functions with act(0) = 0 for most arguments; where it is not, they keep their own derivative.
+ACTIVATIONS = _packets(
+    "relu relu6 hardtanh leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish hardswish threshold clamp "
+    "clamp_min clamp_max hardshrink softshrink tanh abs atan erf pow square tan sin sinh asinh expm1 log1p atanh asin"
+)
 #: Activations that let a signal through above a bend and hold it back below.
-RECTIFIERS = (
-    functional.relu,
-    functional.relu6,
-    functional.hardtanh,
-    functional.leaky_relu,
-    functional.prelu,
-    functional.rrelu,
-    functional.elu,
-    functional.selu,
-    functional.celu,
-    functional.gelu,
-    functional.silu,
-    functional.mish,
-    functional.hardswish,
-    functional.threshold,
-    torch.clamp,
-    torch.clamp_min,
-    torch.clamp_max,
-    torch.clip,
+RECTIFIERS = _packets(
+    "relu relu6 hardtanh leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish hardswish threshold clamp "
+    "clamp_min clamp_max"
 )
+#: Rectifiers that change no number but by a factor: relevance passes them in every table.
+_HOMOGENEOUS = _packets("relu leaky_relu")
+#: What opens and closes: a factor that comes from one of these is a gate.
+GATES = _packets("sigmoid hardsigmoid softmax _softmax")
 
-#: Activations whose output is never negative, the first of which changes no number but to 0.
-RELUS = (functional.relu, functional.relu6)
+CONVOLUTIONS = _packets("conv1d conv2d conv3d")
+TRANSPOSED = _packets("conv_transpose1d conv_transpose2d conv_transpose3d")
+_POOLS = _packets("avg_pool1d avg_pool2d avg_pool3d")
 
-#: Activations whose derivative at their input is that at their output.
-KINKED = (*RELUS, functional.hardtanh, functional.leaky_relu)
-
-#: Elementwise functions that bend.
-ACTIVATIONS = (
-    *RECTIFIERS,
-    functional.softsign,
-    functional.hardshrink,
-    functional.softshrink,
-    functional.tanhshrink,
-    torch.tanh,
-    torch.abs,
-    torch.atan,
-    torch.erf,
-    torch.square,
-    torch.pow,
-)
-
-#: Transposed convolutions.
-TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
-
-# Weightless and linear, or a choice among its inputs: the ordinary gradient is what the method asks for.
-_KEEPING = (
-    (torch.add, torch.sub, torch.rsub, torch.neg, torch.mul, torch.div, torch.sum, torch.mean, torch.nanmean),
-    (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.where, torch.maximum),
-    (torch.minimum, torch.max, torch.min, torch.amax, torch.amin, torch.Tensor.masked_fill, torch.cumsum, torch.lerp),
-    (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool1d),
-    (functional.max_pool1d_with_indices, functional.max_pool2d_with_indices, functional.max_pool3d_with_indices),
-    (functional.adaptive_max_pool2d, functional.adaptive_max_pool3d, functional.adaptive_avg_pool1d),
-    (functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d, functional.avg_pool1d, functional.avg_pool2d),
-    (functional.avg_pool3d, functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
-    (
-        functional.alpha_dropout,
-        functional.feature_alpha_dropout,
-        functional.interpolate,
-        functional.upsample,
-        functional.grid_sample,
+#: What every table has: copies, averages, sums and products, and operators whose own derivative is right.
+_COMMON: Table = {
+    **_each(
+        "view _unsafe_view reshape flatten unflatten view_as reshape_as squeeze unsqueeze clone contiguous to _to_copy "
+        "type_as alias detach lift_fresh positive ravel cpu cuda",
+        Rule("reshape"),
     ),
-    (functional.pad, functional.pixel_shuffle, functional.pixel_unshuffle, torch.channel_shuffle, functional.unfold),
-    (functional.fold, torch.flatten, torch.Tensor.unflatten, torch.reshape, torch.Tensor.view, torch.Tensor.view_as),
-    (torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.reshape_as, torch.permute, torch.transpose, torch.t),
-    (torch.swapaxes, torch.swapdims, torch.movedim, torch.moveaxis, torch.squeeze, torch.unsqueeze, torch.narrow),
-    (torch.select, torch.index_select, torch.gather, torch.take, torch.chunk, torch.split, torch.tensor_split),
-    (torch.split_with_sizes, torch.unbind, torch.roll, torch.flip, torch.rot90, torch.clone, torch.Tensor.contiguous),
-    (torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double),
-    (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.repeat, torch.tile),
-    (torch.repeat_interleave, torch.diagonal, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_),
-    # Statistics, by which a norm that is spelled out divides.
-    (torch.var, torch.std, torch.var_mean, torch.std_mean, torch.norm, torch.linalg.norm, torch.linalg.vector_norm),
-    (torch.sqrt, torch.rsqrt, torch.logsumexp),
-    # Comparisons with a tensor that is given, which a target may be made of.
-    (functional.cosine_similarity, functional.pairwise_distance, torch.cdist, torch.dist, functional.mse_loss),
-    (functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss, functional.kl_div),
-    (functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits, functional.cosine_embedding_loss),
-    (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.positive, torch.ravel),  # type: ignore[attr-defined]
-)
-_KEPT: Table = {operator: ORDINARY for group in _KEEPING for operator in group}
-
-
-def _head_table(split: Split) -> Table:
-    convolutions = dict.fromkeys(
-        (functional.conv1d, functional.conv2d, functional.conv3d), partial(conv_head, split=split)
-    )
-    transposed = dict.fromkeys(TRANSPOSED, partial(conv_transposed_head, split=split))
-    return {functional.linear: partial(linear_head, split=split), **convolutions, **transposed}
-
-
-# Operators of which the paper does not speak, with a rule of the same kind as those it speaks of.
-_NORMS: tuple[Callable[..., Any], ...] = (
-    functional.group_norm,
-    functional.layer_norm,
-    functional.instance_norm,
-    functional.local_response_norm,
-    functional.normalize,
-)
-if hasattr(functional, "rms_norm"):  # since torch 2.4
-    _NORMS = (*_NORMS, functional.rms_norm)
-_EXTENSIONS: Table = {
-    **{norm: partial(shift, function=norm) for norm in _NORMS},
-    **dict.fromkeys(TRANSPOSED, conv_transposed),
+    **_each("permute transpose t numpy_T mT swapaxes swapdims", Rule("permute")),
+    **_each(
+        "slice select split split_with_sizes chunk tensor_split unbind narrow index index_select diagonal unfold expand "
+        "expand_as repeat repeat_interleave tile constant_pad_nd pad reflection_pad1d reflection_pad2d "
+        "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d flip roll rot90 pixel_shuffle "
+        "pixel_unshuffle channel_shuffle im2col upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+        "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d stack movedim moveaxis as_strided "
+        "as_strided_scatter copy fill hstack vstack slice_scatter select_scatter gather take adaptive_max_pool1d "
+        "adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+        "max_pool1d_with_indices",
+        Rule("copy"),
+    ),
+    **_each("cat concat concatenate", Rule("concatenate")),
+    **_each("max_pool2d", Rule("max_pool")),
+    **_each("mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", Rule("mean")),
+    **_each(_POOLS, Rule("average")),
+    **_each(
+        "sum upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
+        "_upsample_bicubic2d_aa",
+        Rule("average"),
+    ),
+    **_each(
+        "batch_norm layer_norm group_norm instance_norm rms_norm native_batch_norm native_layer_norm native_group_norm "
+        "_native_batch_norm_legit_no_training",
+        Rule("shift", "shift"),
+    ),
+    **_each("sigmoid hardsigmoid softplus exp log sqrt rsqrt neg reciprocal log_sigmoid", Rule("elementwise")),
+    **_each(
+        "softmax _softmax log_softmax _log_softmax where maximum minimum max min amax amin masked_fill cumsum lerp "
+        "grid_sampler_2d grid_sampler_3d grid_sampler col2im var std var_mean std_mean norm linalg_vector_norm logsumexp "
+        "nanmean cosine_similarity pairwise_distance cdist _cdist_forward dist mse_loss l1_loss smooth_l1_loss huber_loss "
+        "kl_div binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss index_put masked_scatter "
+        "scatter scatter_add sort topk dropout alpha_dropout feature_dropout feature_alpha_dropout glu dot mv sign round "
+        "floor ceil trunc eq ne lt le gt ge argmax argmin logical_not logical_and logical_or bitwise_not item isnan "
+        "isfinite any all nonzero count_nonzero special_logit logit",
+        ORDINARY,
+    ),
 }
+
+
+def _head_rules(split: Split) -> Table:
+    return {
+        aten.linear: partial(formulas.linear_head, split=split),
+        **_each(CONVOLUTIONS, partial(formulas.conv_head, split=split)),
+        **_each(TRANSPOSED, partial(formulas.conv_transposed_head, split=split)),
+    }
+
 
 #: The method as the authors run it.
 PAPER: Table = _Named(
     "PAPER",
     {
-        **_KEPT,
-        **_EXTENSIONS,
-        **dict.fromkeys((*ACTIVATIONS, functional.glu), ORDINARY),
-        **dict.fromkeys((torch.sigmoid, functional.hardsigmoid, functional.softplus, functional.softmax), ORDINARY),
-        **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
-        **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), avg_pool),
-        functional.batch_norm: batch_norm,
-        functional.linear: linear,
-        HEAD: _head_table("weights"),
+        **_COMMON,
+        **_each(ACTIVATIONS, Rule("elementwise")),
+        **_each(_HOMOGENEOUS, Rule("activation", "ordinary")),
+        **_each("add sub rsub", Rule("sum")),
+        **_each("mul div", Rule("product")),
+        **_each(CONVOLUTIONS, Rule("share", "conv_merged_groups")),
+        **_each(TRANSPOSED, Rule("share", "conv_transposed")),
+        **_each(_POOLS, Rule("formula", "avg_pool", formulas.avg_pool)),
+        aten.batch_norm: Rule("formula", "batch_norm", formulas.batch_norm),
+        aten._native_batch_norm_legit_no_training: Rule("formula", "batch_norm", formulas.batch_norm),
+        aten.linear: Rule("share", "linear"),
+        HEAD: _head_rules("weights"),
         F: 1.0,
+        FUSION: None,
     },
 )
 
@@ -191,59 +170,33 @@ PIXELS: Table = _Named(
     "PIXELS",
     {
         **PAPER,
-        **{act: partial(activation, function=act) for act in ACTIVATIONS},
-        **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv),
-        **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
-        functional.batch_norm: partial(shift, function=functional.batch_norm),
-        functional.glu: glu,
-        CONSTANT: {operator: partial(shift, function=operator) for operator in (torch.add, torch.sub, torch.rsub)},
-        GATE: {operator: partial(gate, function=operator) for operator in (torch.mul, torch.div)},
-        HEAD: _head_table("contributions"),
+        **_each(ACTIVATIONS, Rule("activation", "activation")),
+        **_each("add sub rsub", Rule("sum", "shift")),
+        **_each("mul div", Rule("product", "gate")),
+        **_each(CONVOLUTIONS, Rule("share", "conv")),
+        **_each(_POOLS, Rule("average")),
+        **_each("batch_norm _native_batch_norm_legit_no_training", Rule("shift", "shift")),
+        aten.glu: Rule("formula", "glu", formulas.glu),
+        HEAD: _head_rules("contributions"),
         F: selectivity,
     },
 )
 
-
-#: Beyond the paper: the head's own gradient less what all classes share, classes that compete, the map of all depths.
-DEFAULT: Table = _Named(
-    "DEFAULT",
+#: Beyond the paper: the head's own gradient less what all classes share, classes that compete, all depths fused.
+FUSED: Table = _Named(
+    "FUSED",
     {
         **PIXELS,
         # Groups apart are dear where channels are many groups, and a map of whole fields is no better for it.
-        **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), conv_lumped),
-        HEAD: {operator: partial(gradient_head, function=operator) for operator in PIXELS[HEAD]},
+        **_each(CONVOLUTIONS, Rule("share", "conv_merged_groups")),
+        HEAD: dict.fromkeys(PIXELS[HEAD], ORDINARY),
         F: None,
-        RIVALS: rivalry,
-        MAP: depths,
+        FUSION: Fusion(),
     },
 )
 
+#: The table that is taken where none is named.
+DEFAULT = FUSED
 
-def plain(table: Table) -> Table:
-    """The same table, whose rules run as they are written, from gradient to gradient.
-
-    The mechanism knows the rules of this package, and hands relevance on for them, which is faster. What it does not
-    know it calls as it is; so this table gives the same maps the slow way, to compare with.
-
-    Args:
-        table: of any rules.
-
-    Returns:
-        A table of the same operators and roles.
-
-    Example:
-        >>> import tsgb
-        >>> model, images = tsgb.load("bundled").model, torch.rand(1, 3, 128, 128)
-        >>> fast, slow = tsgb.explain(model, images, 1), tsgb.explain(model, images, 1, rules=plain(DEFAULT))
-        >>> torch.allclose(fast.maps, slow.maps, atol=1e-4)
-        True
-    """
-
-    def called(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return wraps(getattr(rule, "func", rule))(lambda *args, **kwargs: rule(*args, **kwargs))
-
-    roles = {
-        role: {operator: called(rule) for operator, rule in table.get(role, {}).items()} for role in (CONSTANT, GATE)
-    }
-    rules = {key: called(rule) if callable(key) and callable(rule) else rule for key, rule in table.items()}
-    return {**rules, **roles}
+#: Tables by name.
+TABLES = {"fused": FUSED, "pixels": PIXELS, "paper": PAPER}

@@ -1,9 +1,8 @@
-"""The classic methods as rules and tables: guided backprop, the deconvolutional network, excitation backprop.
+"""Rules of other methods, to measure TSGB against: guided backprop, the deconvolutional network, excitation backprop.
 
-They are rivals to measure TSGB against, in the form of `formulas` and `tables`: each is one table, runs on any
-spelling of a network, and serves `tsgb.explain` too. GUIDED and DECONVNET change the gradient at rectifiers alone;
-their own maps are of ``|gradient|``, while `tsgb.explain` shows image * gradient under them. EXCITATION and CONTRASTIVE
-are written as gradients: the probability of a tensor is tensor * gradient.
+Each is one table, runs on any spelling of a network, and serves `tsgb.explain` too. GUIDED and DECONVNET change the
+gradient at rectifiers alone; their own maps are of ``|gradient|``, while `tsgb.explain` shows image * gradient under
+them. EXCITATION and CONTRASTIVE are written as gradients: the probability of a tensor is tensor * gradient.
 """
 
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .formulas import linearised
-from .heads import gradient, gradient_head
-from .tables import HEAD, ORDINARY, PAPER, PIXELS, RECTIFIERS, F, Table
+from .tables import CONVOLUTIONS, HEAD, ORDINARY, PAPER, PIXELS, RECTIFIERS, F, Rule, Table
 
 __all__ = [
     "CONTRASTIVE",
@@ -27,10 +25,10 @@ __all__ = [
     "deconvnet",
     "excitation",
     "excitation_head",
-    "gradient",
-    "gradient_head",
     "guided",
 ]
+
+aten = torch.ops.aten
 
 
 def guided(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
@@ -52,7 +50,7 @@ def guided(grad: Tensor, x: Tensor, *args: Any, function: Callable[..., Tensor],
         >>> guided(grad, x, function=functional.relu)
         tensor([0., 0., 5.])
     """
-    return gradient(grad.clamp(min=0), x, *args, function=function, **kwargs)
+    return linearised(lambda s: function(s, *args, **kwargs), x)[1](grad.clamp(min=0))
 
 
 def deconvnet(grad: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -200,35 +198,39 @@ def _excited(
     return z + z_below, lambda share: torch.where(x < 0, pull_below(share), pull(share))
 
 
-_WEIGHTED = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+_FUNCTIONS = {
+    aten.linear: functional.linear,
+    aten.conv1d: functional.conv1d,
+    aten.conv2d: functional.conv2d,
+    aten.conv3d: functional.conv3d,
+}
 
 
-def _each(rule: Callable[..., Tensor], operators: tuple[Callable[..., Any], ...]) -> Table:
-    return {operator: partial(rule, function=operator) for operator in operators}
+def _each(rule: Callable[..., Tensor]) -> Table:
+    name = rule.__name__
+    return {packet: Rule("formula", name, partial(rule, function=f)) for packet, f in _FUNCTIONS.items()}
+
+
+def _heads(rule: Callable[..., Tensor]) -> Table:
+    return {packet: partial(rule, function=f) for packet, f in _FUNCTIONS.items()}
 
 
 _GRADIENT: Table = {
     **PAPER,
-    **_each(gradient, _WEIGHTED),
-    **dict.fromkeys((functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d), ORDINARY),
-    functional.batch_norm: ORDINARY,
-    HEAD: _each(gradient_head, _WEIGHTED),
-    F: 1.0,
+    **dict.fromkeys([*CONVOLUTIONS, aten.linear], ORDINARY),
+    **dict.fromkeys((aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.batch_norm), ORDINARY),
+    HEAD: dict.fromkeys(PAPER[HEAD], ORDINARY),
+    F: None,
 }
 
 #: Guided backprop.
-GUIDED: Table = {**_GRADIENT, **_each(guided, RECTIFIERS)}
+GUIDED: Table = {**_GRADIENT, **dict.fromkeys(RECTIFIERS, Rule("guided", "guided"))}
 
 #: The deconvolutional network.
-DECONVNET: Table = {**_GRADIENT, **dict.fromkeys(RECTIFIERS, deconvnet)}
+DECONVNET: Table = {**_GRADIENT, **dict.fromkeys(RECTIFIERS, Rule("formula", "deconvnet", deconvnet))}
 
 #: Excitation backprop; batch norm, activations, constant shifts and gates pass the probability as under PIXELS.
-EXCITATION: Table = {
-    **PIXELS,
-    **_each(excitation, _WEIGHTED),
-    HEAD: _each(excitation_head, _WEIGHTED),
-    F: 1.0,
-}
+EXCITATION: Table = {**PIXELS, **_each(excitation), HEAD: _heads(excitation_head), F: 1.0}
 
 #: Contrastive excitation backprop.
-CONTRASTIVE: Table = {**EXCITATION, HEAD: _each(contrastive_head, _WEIGHTED)}
+CONTRASTIVE: Table = {**EXCITATION, HEAD: _heads(contrastive_head)}
