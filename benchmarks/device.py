@@ -4,8 +4,8 @@
 
 Compiles `device.cpp`, a device of torch's own kind that reckons on the CPU, with the machine's C++ compiler, and moves
 networks with random weights and the bundled ones to it, and parts of one in every way. Asked of each: the maps of the
-CPU, from the rules DEFAULT, PIXELS and PAPER, for classes, a callable and Captum's shape, from the plain form of the
-rules and from a traced graph; and of one bundled network every method of the registry, overlays, boxes and files.
+CPU, from the rules FUSED, PIXELS and PAPER, for classes, a callable and Captum's shape, and from a traced graph;
+and of one bundled network every method of the registry, overlays, boxes and files.
 Speed, streams, autocast and precision are another device's own, and are not asked here. The exit status is 1 if
 something failed or differed.
 """
@@ -29,7 +29,7 @@ import tsgb
 from tsgb import methods, rules, vision
 
 NETWORKS = "mobilenet_v2,resnet18,vgg11,densenet121,squeezenet1_1,convnext_tiny,efficientnet_b0,regnet_y_400mf"
-TABLES = {"DEFAULT": rules.DEFAULT, "PIXELS": rules.PIXELS, "PAPER": rules.PAPER}
+TABLES = {"FUSED": rules.FUSED, "PIXELS": rules.PIXELS, "PAPER": rules.PAPER}
 CLASSES = [[1, 2], [3, 4]]
 NAME, CLOSE = "second", 1e-9  # in float64
 
@@ -50,13 +50,13 @@ def main() -> None:
         failed += told(name, asked(model, images, copy.deepcopy(model).to(NAME), images.to(NAME)))
     for name in ("bundled", "bundled-vgg"):
         network = tsgb.load(name)
-        pictures = [Image.fromarray(tsgb.scenes.render(seed, count=2).picture) for seed in (0, 1)]
-        images = torch.stack([network.preprocessing.tensor(picture) for picture in pictures]).double()
+        originals = [Image.fromarray(tsgb.scenes.render(seed, count=2).image) for seed in (0, 1)]
+        images = torch.stack([network.preprocessing.tensor(image) for image in originals]).double()
         model = network.model.double()
         moved, there = copy.deepcopy(model).to(NAME), images.to(NAME)
         failed += told(name, asked(model, images, moved, there))
         if name == "bundled":
-            failed += told(name, asked_of_all(model, images, moved, there, pictures, network.preprocessing))
+            failed += told(name, asked_of_all(model, images, moved, there, originals, network.preprocessing))
     whole = Parts(*["cpu"] * 5).eval().double()
     images = torch.rand(2, 3, 21, 20).double()
     for number in range(1, 2**5):
@@ -160,7 +160,6 @@ def asked(model: nn.Module, images: Tensor, moved: nn.Module, there: Tensor) -> 
         targets = {"classes": CLASSES, "top2": "top2", "a difference": lambda output: output[:, 3] - output[:, 4]}
         for kind, target in targets.items():
             yield f"{name}, {kind}", both(partial(maps, target, table))
-        yield f"{name}, plain form", both(partial(maps, CLASSES, rules.plain(table)))
         yield f"{name}, traced", both(partial(traced, table))
     yield "Captum's shape", both(lambda m, x: tsgb.TSGB(m).attribute(x, target=3))
 
@@ -180,7 +179,7 @@ def asked_of_all(
     images: Tensor,
     moved: nn.Module,
     there: Tensor,
-    pictures: list[Image.Image],
+    originals: list[Image.Image],
     preprocessing: object,
 ) -> Asked:
     """Questions to one network: every method, and what is made of a map."""
@@ -195,7 +194,7 @@ def asked_of_all(
     ours, theirs = (tsgb.explain(*pair, CLASSES) for pair in ((moved, there), (model, images)))
 
     def drawn(e: tsgb.Explanation) -> bytes:
-        return e.overlay(pictures[1], target=1, preprocessing=preprocessing).tobytes()
+        return e.overlay(originals[1], target=1, preprocessing=preprocessing).tobytes()
 
     def saved(e: tsgb.Explanation) -> list[bytes]:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""Explain broken picture files: each is to be explained, or refused in one line, in little time and memory.
+"""Explain broken image files: each is to be explained, or refused in one line, in little time and memory.
 
     python benchmarks/fuzz.py [--files 10000] [--seed 0] [--keep folder]
 
 A scene is written in every format that Pillow can write, in several modes and sizes, and by hand in some that it can
 only read; then files are mutated: bytes changed, cut, repeated, moved, joined with another file's, numbers made
 extreme. A worker of its own reads and explains each with the bundled network. A failure is an exception other than
-PictureError, a message of more than one line, anything printed, no answer in ten seconds, a worker that died, or more
+ImageError, a message of more than one line, anything printed, no answer in ten seconds, a worker that died, or more
 than 1 GiB of memory above what the worker holds for a sound file. Failures are written to the folder. Prints what
 became of the files of each format; the exit status is 1 if any failed.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image
 
 import tsgb
-from tsgb import pictures, scenes
+from tsgb import images, scenes
 from tsgb.models import Network
 
 PATIENCE = 10.0  # seconds
@@ -74,7 +74,7 @@ def main() -> None:
 def seeds() -> list[tuple[str, bytes]]:
     """Sound files: (format, bytes)."""
     Image.init()
-    scene = Image.fromarray(scenes.render(1).picture)
+    scene = Image.fromarray(scenes.render(1).image)
     found = []
     for kind in sorted(Image.SAVE):
         if kind not in Image.OPEN:
@@ -130,7 +130,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._path = Path(self._folder.name) / "picture"
+        self._path = Path(self._folder.name) / "image"
         self._start()
 
     def explain(self, data: bytes) -> tuple[str, float, int]:
@@ -165,7 +165,7 @@ class Worker:
 
 def _serve(line: Connection) -> None:
     network = tsgb.load("bundled")
-    sound = network.preprocessing.tensor(Image.fromarray(scenes.render(1).picture))[None]
+    sound = network.preprocessing.tensor(Image.fromarray(scenes.render(1).image))[None]
     for _ in range(3):
         tsgb.explain(network.model, sound, "top1")
     line.send("ready")
@@ -184,10 +184,10 @@ def _serve(line: Connection) -> None:
 
 def _fate(network: Network, path: str) -> str:
     try:
-        image = network.preprocessing.tensor(pictures.read(path))[None]
+        image = network.preprocessing.tensor(images.read(path))[None]
         finite = bool(tsgb.explain(network.model, image, "top1").maps.isfinite().all())
         return "explained" if finite else "failed: not finite"
-    except pictures.PictureError as error:
+    except images.ImageError as error:
         return "refused" if "\n" not in str(error) else f"failed: several lines {str(error)[:80]!r}"
     except BaseException as error:
         return f"failed: {type(error).__name__} {str(error)[:80]!r}"

@@ -22,13 +22,13 @@ _CLEAR = f"pointing,energy,box_ap,{_BOXES}"
 _MASKS = f"mask_ap,{_CLEAR}"
 _CHECKS = "insertion,deletion,sensitivity,random_logit,cascade"
 _ALL = (
-    "tsgb,tsgb-pixels,tsgb-paper,gradcam,layercam,gradient,inputxgradient,guided,deconvnet,guided-gradcam,ebp,cebp,"
+    "tsgb-fused,tsgb-pixels,tsgb-paper,gradcam,layercam,gradient,inputxgradient,guided,deconvnet,guided-gradcam,ebp,cebp,"
     "deeplift,lrp,center,random"
 )
-_LARGE = "tsgb,tsgb-pixels,tsgb-paper,gradcam,layercam,gradient,guided,guided-gradcam,ebp,cebp,center,random"
-_SLOW = "tsgb,gradcam,smoothgrad,integrated-gradients,occlusion,rise"
-_CHECKED = "tsgb,tsgb-pixels,tsgb-paper,gradcam,layercam,gradient,guided,cebp,random"
-#: The default was chosen by the pictures of even index, and by the first 400 scenes: figures are of none of them.
+_LARGE = "tsgb-fused,tsgb-pixels,tsgb-paper,gradcam,layercam,gradient,guided,guided-gradcam,ebp,cebp,center,random"
+_SLOW = "tsgb-fused,gradcam,smoothgrad,integrated-gradients,occlusion,rise"
+_CHECKED = "tsgb-fused,tsgb-pixels,tsgb-paper,gradcam,layercam,gradient,guided,cebp,random"
+#: The default was chosen by the images of even index, and by the first 400 scenes: figures are of none of them.
 _UNSEEN, _UNSEEN_SCENES = "1::2", "500:700"
 
 _NETWORKS = {
@@ -44,7 +44,7 @@ _IMAGENET = ("mobilenet", "squeezenet", "darknet")
 
 
 def _run(network: str, data: str, methods: str, metrics: str, limit: int | None = None) -> str:
-    given = f"--data $SHARED/data/{data} --pictures {_UNSEEN}" if data else f"--pictures {_UNSEEN_SCENES}"
+    given = f"--data $SHARED/data/{data} --images {_UNSEEN}" if data else f"--images {_UNSEEN_SCENES}"
     first = "" if limit is None else f"--limit {limit}"
     return " ".join(f"{_NETWORKS[network]} {given} --methods {methods} --metrics {metrics} {first}".split())
 
@@ -77,7 +77,7 @@ def main() -> None:
         command = [sys.executable, "-m", "tsgb", "bench", *options, "--out", str(args.out / name)]
         made = args.out / name / "results.md"
         made.unlink(missing_ok=True)
-        subprocess.run(command, stdout=subprocess.DEVNULL)  # 1 where a picture or a method failed, which the table says
+        subprocess.run(command, stdout=subprocess.DEVNULL)  # 1 where an image or a method failed, which the table says
         if not made.exists():
             raise SystemExit(f"{name} did not end: {shlex.join(command)}")
         table = made.read_text().partition("## Protocol")[0].replace(str(args.shared), "$SHARED")

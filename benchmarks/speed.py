@@ -101,11 +101,10 @@ METHODS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Run], int]] = {
     "forward, compiled": (compiled_forward, 1),
     **{
         f"TSGB{of}{how}, K = {k}": (partial(run, table), k)
-        for of, table in (("", rules.DEFAULT), (" of the pixels", rules.PIXELS))
+        for of, table in ((" (fused)", rules.FUSED), (" (pixels)", rules.PIXELS))
         for how, run in (("", ours), (", compiled", compiled))
         for k in CLASSES
     },
-    "TSGB of the pixels, plain form, K = 1": (partial(ours, rules.plain(rules.PIXELS)), 1),  # gradient in and out
     "input gradient": (gradient, 1),
     "captum Saliency": (partial(captum, "Saliency"), 1),
     "captum GuidedBackprop": (partial(captum, "GuidedBackprop"), 1),

@@ -14,7 +14,7 @@ import tsgb
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "tsgb-out") / "explain"
 network = tsgb.load("bundled")  # or "resnet50", "timm:convnext_tiny", "nets.py:my_network"
-photo = Image.fromarray(tsgb.scenes.render(5, [1, 3]).picture)  # or Image.open("photo.jpg").convert("RGB")
+photo = Image.fromarray(tsgb.scenes.render(5, [1, 3]).image)  # or Image.open("photo.jpg").convert("RGB")
 images = network.preprocessing.tensor(photo)[None]  # (1, 3, 128, 128)
 explanation = tsgb.explain(network.model, images, target="top2")  # explanation.maps is (1, 2, 128, 128)
 folder.mkdir(parents=True, exist_ok=True)

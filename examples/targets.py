@@ -4,7 +4,7 @@
 
 A target is a class, or a function from the model's output to one number for each image. On a rendered scene with a
 heart and a flower, with the network that comes with the package: why this class and not that; a class within a box of
-a dense output, as of a segmentation; the score of a detection; a regressed value; the similarity to another picture.
+a dense output, as of a segmentation; the score of a detection; a regressed value; the similarity to another image.
 """
 
 import sys
@@ -70,8 +70,8 @@ def main() -> None:
     loaded = tsgb.load("bundled")
     model: nn.Module = loaded.model
     scene = scenes.render(5, [FLOWER, HEART])
-    picture = Image.fromarray(scene.picture)
-    image = loaded.preprocessing.tensor(picture)[None]
+    original = Image.fromarray(scene.image)
+    image = loaded.preprocessing.tensor(original)[None]
     masks = {
         scenes.CLASSES[index]: torch.from_numpy(mask) for index, mask in zip(scene.classes, scene.masks, strict=True)
     }
@@ -86,7 +86,7 @@ def main() -> None:
     # What another flower looks like to the network.
     features = nn.Sequential(model.stem, model.blocks, model.pool, model.flatten).eval()
     with torch.no_grad():
-        other = features(loaded.preprocessing.tensor(Image.fromarray(scenes.render(77, [FLOWER]).picture))[None])
+        other = features(loaded.preprocessing.tensor(Image.fromarray(scenes.render(77, [FLOWER]).image))[None])
 
     asked = {
         "flower": (model, FLOWER),
@@ -102,7 +102,7 @@ def main() -> None:
         shares = {thing: float(positive[mask].sum() / positive.sum()) for thing, mask in masks.items()}
         print(f"{name:22} {', '.join(f'{share:.0%} on the {thing}' for thing, share in shares.items())}")
         folder.mkdir(parents=True, exist_ok=True)
-        explanation.overlay(picture).save(folder / f"{name.replace(' ', '-').replace(',', '')}.png")
+        explanation.overlay(original).save(folder / f"{name.replace(' ', '-').replace(',', '')}.png")
     print(folder)
 
 

@@ -16,25 +16,25 @@ def record(index, method, *values, errors=()):
 
 def test_a_torn_line_is_lost_alone(tmp_path):
     path = tmp_path / "records.jsonl"
-    records.append(path, [record(0, "tsgb"), record(1, "tsgb")])
+    records.append(path, [record(0, "tsgb-fused"), record(1, "tsgb-fused")])
     path.write_bytes(path.read_bytes()[:-5])
-    records.mend(path)
-    records.append(path, [record(2, "tsgb")])
+    records.truncate_partial_line(path)
+    records.append(path, [record(2, "tsgb-fused")])
     assert [r["index"] for r in records.read(path)] == [0, 2]
 
 
 def test_an_empty_journal_is_whole(tmp_path):
     path = tmp_path / "records.jsonl"
     path.touch()
-    records.mend(path)
+    records.truncate_partial_line(path)
     assert path.read_bytes() == b""
 
 
 def test_a_folder_has_one_writer(tmp_path):
     writes = pytest.raises(RuntimeError, match="another bench writes to")
-    with records.alone(tmp_path), writes, records.alone(tmp_path):
+    with records.lock(tmp_path), writes, records.lock(tmp_path):
         pass
-    with records.alone(tmp_path):
+    with records.lock(tmp_path):
         pass
 
 
@@ -54,7 +54,7 @@ def test_what_is_not_finite_is_not_written(tmp_path):
 def some():
     rng = np.random.default_rng(0)
     for index in range(20):
-        for method in ("tsgb", "gradcam"):
+        for method in ("tsgb-fused", "gradcam"):
             hits = [["pointing", c, float(rng.random() > 0.4)] for c in range(1 + index % 3)]
             yield record(index, method, *hits, ["energy", 0, float(rng.random())], ["energy^2", 0, 0.25])
 
@@ -64,39 +64,42 @@ def value(found, method, metric):
 
 
 def test_rows_are_means_over_cases_and_over_classes():
-    found = rows.rows(rows.gather(some()), ["tsgb", "gradcam"], ["pointing", "pointing_class", "energy"], seed=3)
+    found = rows.rows(rows.gather(some()), ["tsgb-fused", "gradcam"], ["pointing", "pointing_class", "energy"], seed=3)
     cases = [
-        (r["index"], c, v) for r in some() for name, c, v in r["values"] if r["method"] == "tsgb" and name == "pointing"
+        (r["index"], c, v)
+        for r in some()
+        for name, c, v in r["values"]
+        if r["method"] == "tsgb-fused" and name == "pointing"
     ]
     index, classes, hits = (np.array(column) for column in zip(*cases, strict=True))
-    overall = value(found, "tsgb", "pointing")
+    overall = value(found, "tsgb-fused", "pointing")
     assert overall["value"] == pytest.approx(100 * hits.mean(), abs=1e-12)
     assert (overall["low"], overall["high"]) == tuple(100 * x for x in intervals.mean_interval(hits, index, 3))
     assert overall["n"] == 20
     by_class = [hits[classes == c].mean() for c in range(3)]
-    assert value(found, "tsgb", "pointing_class")["value"] == pytest.approx(100 * np.mean(by_class), abs=1e-12)
+    assert value(found, "tsgb-fused", "pointing_class")["value"] == pytest.approx(100 * np.mean(by_class), abs=1e-12)
     assert value(found, "gradcam^2", "energy")["value"] == 25
-    assert [row["method"] for row in found[-2:]] == ["tsgb^2", "gradcam^2"]
+    assert [row["method"] for row in found[-2:]] == ["tsgb-fused^2", "gradcam^2"]
 
 
 def test_rows_do_not_depend_on_the_order_of_the_records():
     shuffled = list(some())
     np.random.default_rng(1).shuffle(shuffled)
     for compute in (rows.rows, rows.differences):
-        assert compute(rows.gather(shuffled), ["tsgb", "gradcam"], ["pointing", "energy"], 0) == compute(
-            rows.gather(some()), ["tsgb", "gradcam"], ["pointing", "energy"], 0
+        assert compute(rows.gather(shuffled), ["tsgb-fused", "gradcam"], ["pointing", "energy"], 0) == compute(
+            rows.gather(some()), ["tsgb-fused", "gradcam"], ["pointing", "energy"], 0
         )
 
 
 def test_differences_are_paired_over_the_cases_that_both_have():
     kept = [
-        record(0, "tsgb", ["energy", 1, 0.5], ["energy", 2, 0.9]),
+        record(0, "tsgb-fused", ["energy", 1, 0.5], ["energy", 2, 0.9]),
         record(0, "gradcam", ["energy", 1, 0.7]),
         record(1, "gradcam", ["energy", 1, 0.1]),
-        record(2, "tsgb", ["energy", 1, 0.3]),
+        record(2, "tsgb-fused", ["energy", 1, 0.3]),
         record(2, "gradcam", ["energy", 1, 0.1]),
     ]
-    (found,) = rows.differences(rows.gather(kept), ["tsgb", "gradcam"], ["energy"], 0)
+    (found,) = rows.differences(rows.gather(kept), ["tsgb-fused", "gradcam"], ["energy"], 0)
     assert found["method"] == "gradcam"
     assert found["value"] == pytest.approx(100 * (0.2 - 0.2) / 2, abs=1e-12)
     assert found["n"] == 2
@@ -106,32 +109,32 @@ def packed(*hits):
     return np.packbits(np.array(hits, dtype=bool), axis=1).tobytes().hex()
 
 
-def test_the_best_threshold_is_chosen_on_other_pictures_than_it_is_judged_on():
+def test_the_best_threshold_is_chosen_on_other_images_than_it_is_judged_on():
     first, second = np.zeros(1001, bool), np.zeros(1001, bool)
     first[100], second[900] = True, True
-    # Even pictures choose threshold 100; of the odd ones half has a hit there, and all at 900.
-    kept = [record(k, "tsgb", ["max_box_accuracy", 1, packed(first)]) for k in (0, 2)]
+    # Even images choose threshold 100; of the odd ones half has a hit there, and all at 900.
+    kept = [record(k, "tsgb-fused", ["max_box_accuracy", 1, packed(first)]) for k in (0, 2)]
     kept += [
-        record(1, "tsgb", ["max_box_accuracy", 1, packed(first | second)]),
-        record(3, "tsgb", ["max_box_accuracy", 1, packed(second)]),
+        record(1, "tsgb-fused", ["max_box_accuracy", 1, packed(first | second)]),
+        record(3, "tsgb-fused", ["max_box_accuracy", 1, packed(second)]),
     ]
-    (found,) = rows.rows(rows.gather(kept), ["tsgb"], ["max_box_accuracy"], 0)
+    (found,) = rows.rows(rows.gather(kept), ["tsgb-fused"], ["max_box_accuracy"], 0)
     assert (found["value"], found["n"]) == (50, 2)
-    (alone,) = rows.rows(rows.gather(kept[:2]), ["tsgb"], ["max_box_accuracy"], 0)
+    (alone,) = rows.rows(rows.gather(kept[:2]), ["tsgb-fused"], ["max_box_accuracy"], 0)
     assert (alone["value"], alone["n"]) == (None, 0)
 
 
 def test_version_2_is_the_mean_over_three_overlaps_each_at_its_own_threshold():
     lines = np.zeros((3, 1001), bool)
     lines[0, 10], lines[1, 20] = True, True
-    kept = [record(k, "tsgb", ["max_box_accuracy_v2", 1, packed(*lines)]) for k in (0, 1)]
-    (found,) = rows.rows(rows.gather(kept), ["tsgb"], ["max_box_accuracy_v2"], 0)
+    kept = [record(k, "tsgb-fused", ["max_box_accuracy_v2", 1, packed(*lines)]) for k in (0, 1)]
+    (found,) = rows.rows(rows.gather(kept), ["tsgb-fused"], ["max_box_accuracy_v2"], 0)
     assert found["value"] == pytest.approx(200 / 3)
 
 
 def test_failures_are_counted_by_reason():
-    kept = [record(k, "lrp", errors=["no canonizer"]) for k in range(7)] + [record(8, "tsgb", errors=["NaN"])]
-    assert rows.failures(kept, ["tsgb", "lrp"]) == [
-        {"method": "tsgb", "reason": "NaN", "count": 1, "images": ["8.png"]},
+    kept = [record(k, "lrp", errors=["no canonizer"]) for k in range(7)] + [record(8, "tsgb-fused", errors=["NaN"])]
+    assert rows.failures(kept, ["tsgb-fused", "lrp"]) == [
+        {"method": "tsgb-fused", "reason": "NaN", "count": 1, "images": ["8.png"]},
         {"method": "lrp", "reason": "no canonizer", "count": 7, "images": [f"{k}.png" for k in range(5)]},
     ]

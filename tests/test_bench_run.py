@@ -21,7 +21,7 @@ from tsgb.bench import records
 from tsgb.data import open_dataset
 
 SOURCE = str(Path(tsgb.__file__).parents[1])
-CHEAP = ["tsgb", "gradcam", "random"]
+CHEAP = ["tsgb-fused", "gradcam", "random"]
 
 
 def job(out, metrics=("pointing", "energy", "mask_ap"), **options):
@@ -85,20 +85,21 @@ def test_figures_are_those_of_a_plain_recomputation(tmp_path):
             positive = np.clip(map, 0, None)
             shares.append(100 * positive[region.mask].sum() / positive.sum())
             hits.append(100 * region.mask[np.unravel_index(map.argmax(), map.shape)])
-    assert row(results, "tsgb", "energy")["value"] == pytest.approx(np.mean(shares), abs=1e-3)
-    assert row(results, "tsgb", "pointing")["value"] == pytest.approx(np.mean(hits), abs=1e-9)
-    assert row(results, "tsgb", "energy")["n"] == 5
+    assert row(results, "tsgb-fused", "energy")["value"] == pytest.approx(np.mean(shares), abs=1e-3)
+    assert row(results, "tsgb-fused", "pointing")["value"] == pytest.approx(np.mean(hits), abs=1e-9)
+    assert row(results, "tsgb-fused", "energy")["n"] == 5
     assert json.loads((tmp_path / "b" / "results.json").read_text()) == results
 
 
 def test_every_metric_gives_its_figures(tmp_path):
     every = list(bench.protocol.METRICS)
-    results = bench.run(job(tmp_path / "b", every, methods=["tsgb", "gradcam"], batch_size=2), limit=4, workers=1)
+    results = bench.run(job(tmp_path / "b", every, methods=["tsgb-fused", "gradcam"], batch_size=2), limit=4, workers=1)
     assert not results["failures"]
-    found = {r["metric"] for r in results["rows"] if r["method"] == "tsgb" and r["value"] is not None}
+    found = {r["metric"] for r in results["rows"] if r["method"] == "tsgb-fused" and r["value"] is not None}
     assert found == {figure for figure in bench.protocol.figures(every) if not figure.startswith("grid")}  # too few
     assert all(r["low"] <= r["value"] <= r["high"] for r in results["rows"] if r["n"] > 1)
-    assert {d["method"] for d in results["differences"]} == {"gradcam", "tsgb^0.5", "tsgb^2", "gradcam^2", "gradcam^3"}
+    controls = {"tsgb-fused^0.5", "tsgb-fused^2", "gradcam^2", "gradcam^3"}
+    assert {d["method"] for d in results["differences"]} == {"gradcam", *controls}
     assert row(results, "gradcam", "cascade")["value"] < 0.9
     page = (tmp_path / "b" / "index.html").read_text()
     assert "data:image/jpeg;base64," in page
@@ -135,7 +136,7 @@ def group_is_gone(process, seconds=30):
 
 def running(out):
     """A bench of two processes that has written something and has much before it; in a session of its own."""
-    long = ["--limit", "600", "--methods", "tsgb,gradcam", "--metrics", "energy", "--out", str(out)]
+    long = ["--limit", "600", "--methods", "tsgb-fused,gradcam", "--metrics", "energy", "--out", str(out)]
     process = started(["-m", "tsgb", "bench", *long], start_new_session=True)
     while process.poll() is None and not (out / "records.jsonl").exists():
         time.sleep(0.01)
@@ -155,7 +156,7 @@ def test_an_interrupt_ends_it_at_once_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same arguments go on" in errors
+    assert "the same arguments resume" in errors
     assert "Traceback" not in errors
     assert group_is_gone(process)
     lines = (tmp_path / "out" / "records.jsonl").read_text().count("\n")
@@ -200,13 +201,13 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["tsgb", "gradcum"]}, "'gradcum' is no method: choose among tsgb,"),
+        ({"methods": ["tsgb-fused", "gradcum"]}, "'gradcum' is no method: choose among tsgb-fused,"),
         ({"metrics": ["energie"]}, "'energie' is no metric: choose among mask_ap,"),
-        ({"methods": ["tsgb", "tsgb"]}, "each once"),
+        ({"methods": ["tsgb-fused", "tsgb-fused"]}, "each once"),
         ({"methods": []}, "one or more"),
-        ({"pictures": "odd"}, "pictures must be a Python slice, as '1::2' or ':100', got 'odd'"),
-        ({"pictures": "::0"}, "must be a Python slice"),
-        ({"pictures": "5000:"}, "takes none of the 1000 of scenes"),
+        ({"images": "odd"}, "images must be a Python slice, as '1::2' or ':100', got 'odd'"),
+        ({"images": "::0"}, "must be a Python slice"),
+        ({"images": "5000:"}, "takes none of the 1000 of scenes"),
     ],
 )
 def test_a_wrong_name_says_which_are_right(tmp_path, options, message):
@@ -215,8 +216,8 @@ def test_a_wrong_name_says_which_are_right(tmp_path, options, message):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_slice_of_the_pictures_is_judged_and_named(tmp_path):
-    found = bench.run(job(tmp_path / "b", metrics=["pointing"], pictures="1::2"), limit=3, workers=1)
+def test_a_slice_of_the_images_is_judged_and_named(tmp_path):
+    found = bench.run(job(tmp_path / "b", metrics=["pointing"], images="1::2"), limit=3, workers=1)
     assert {record["unit"] for record in records.read(tmp_path / "b" / "records.jsonl")} == {
         "scene-000001",
         "scene-000003",
@@ -240,7 +241,7 @@ def annotated(tmp_path):
         category = 99 if k == 3 else region.category
         if k != 2:
             boxes.append({"id": k, "image_id": k, "category_id": category, "bbox": [x0, y0, x1 - x0, y1 - y0]})
-    (folder / "images" / "1.png").write_bytes(b"no picture")
+    (folder / "images" / "1.png").write_bytes(b"no image")
     categories = [{"id": k, "name": name} for k, name in enumerate(tsgb.load("bundled").names)]
     content = {"images": images, "annotations": boxes, "categories": [*categories, {"id": 99, "name": "unicorn"}]}
     (folder / "annotations.json").write_text(json.dumps(content))
@@ -257,7 +258,7 @@ def test_what_cannot_be_judged_is_named_and_the_rest_goes_on(annotated, tmp_path
             "--data",
             str(annotated),
             "--methods",
-            "tsgb,center",
+            "tsgb-fused,center",
             "--metrics",
             "pointing,box_ap",
             "--out",
@@ -266,7 +267,7 @@ def test_what_cannot_be_judged_is_named_and_the_rest_goes_on(annotated, tmp_path
     )
     assert code == 1
     results = json.loads((out / "results.json").read_text())
-    assert [row(results, m, "box_ap")["n"] for m in ("tsgb", "center")] == [1, 1]
+    assert [row(results, m, "box_ap")["n"] for m in ("tsgb-fused", "center")] == [1, 1]
     problems = "\n".join(results["problems"])
     assert len(results["problems"]) == 3
     for told in ("1.png", "2.png: no annotation", "3.png: the network has no class 'unicorn' (99)"):
@@ -284,9 +285,9 @@ def test_maps_of_others_are_judged(annotated, tmp_path):
     np.save(maps / f"0_{category}.npy", map)
     options = {"data": annotated, "maps": maps, "metrics": ("box_ap", "insertion"), "methods": None}
     theirs = bench.run(job(tmp_path / "theirs", **options), workers=1)
-    ours = bench.run(job(tmp_path / "ours", **{**options, "maps": None, "methods": ["tsgb"]}), workers=1)
+    ours = bench.run(job(tmp_path / "ours", **{**options, "maps": None, "methods": ["tsgb-fused"]}), workers=1)
     # One class alone and among others agree but for the last digits.
-    assert row(theirs, "mine", "box_ap")["value"] == pytest.approx(row(ours, "tsgb", "box_ap")["value"], rel=1e-5)
+    assert row(theirs, "mine", "box_ap")["value"] == pytest.approx(row(ours, "tsgb-fused", "box_ap")["value"], rel=1e-5)
 
     map[3, 4] = np.nan
     np.save(maps / f"0_{category}.npy", map)
@@ -302,22 +303,22 @@ def test_given_maps_are_told_apart_by_their_folders(tmp_path):
     network = tsgb.load("bundled")
     for index, name in enumerate(("cat", "dog")):
         (data / name).mkdir(parents=True)
-        picture = open_dataset(None).samples[index].read()
-        picture.save(data / name / "a.png")
+        image = open_dataset(None).samples[index].read()
+        image.save(data / name / "a.png")
     with torch.inference_mode():
-        predicted = int(network.model(network.preprocessing.tensor(picture)[None]).argmax())
+        predicted = int(network.model(network.preprocessing.tensor(image)[None]).argmax())
     np.save(maps / f"dog-a_{predicted}.npy", np.random.default_rng(0).random((128, 128)))
     results = bench.run(
         job(tmp_path / "b", data=data, maps=tmp_path / "m", methods=["m"], metrics=["deletion"]), workers=1
     )
     (missing,) = results["failures"]
-    assert missing["reason"].startswith("no map: expected <picture>_<class>.npy")
+    assert missing["reason"].startswith("no map: expected <image>_<class>.npy")
     assert missing["images"] == ["cat/a.png"]  # that of the dog is there
 
 
 def test_given_maps_cannot_be_judged_by_what_needs_the_method(tmp_path):
     np.save(tmp_path / "a_1.npy", np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="given maps cannot be judged by cascade: choose among mask_ap, "):
+    with pytest.raises(ValueError, match="precomputed maps cannot be evaluated with cascade: choose among mask_ap, "):
         bench.run(job(tmp_path / "b", maps=tmp_path, methods=None, metrics=["cascade"]), workers=1)
 
 
@@ -326,17 +327,17 @@ def test_a_method_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch):
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setitem(methods.METHODS, "broken", methods.Method("Broken", "nowhere", broken))
-    asked = {"methods": ["tsgb", "broken"], "metrics": ["pointing", "energy", "grid"]}
+    asked = {"methods": ["tsgb-fused", "broken"], "metrics": ["pointing", "energy", "grid"]}
     results = bench.run(job(tmp_path / "b", **asked), limit=4, workers=1)
     (failure,) = results["failures"]
     assert (failure["method"], failure["reason"], failure["count"]) == ("broken", "out of luck", 4)
-    assert {r["method"] for r in results["rows"]} == {"tsgb", "tsgb^0.5", "tsgb^2"}
-    assert results["left_out"]["grid"].startswith("too few pictures of distinct single classes")
+    assert {r["method"] for r in results["rows"]} == {"tsgb-fused", "tsgb-fused^0.5", "tsgb-fused^2"}
+    assert results["left_out"]["grid"].startswith("too few images of distinct single classes")
     assert "out of luck" in (tmp_path / "b" / "results.md").read_text()
     assert "out of luck" in (tmp_path / "b" / "index.html").read_text()
 
 
-def test_one_picture_that_fails_does_not_take_its_batch_with_it(tmp_path, monkeypatch):
+def test_one_image_that_fails_does_not_take_its_batch_with_it(tmp_path, monkeypatch):
     def picky(model, images, targets, seed=0):
         if (images[:, 0, 0, 0] == first).any():
             raise RuntimeError("not this one")
@@ -349,10 +350,10 @@ def test_one_picture_that_fails_does_not_take_its_batch_with_it(tmp_path, monkey
     assert row(results, "picky", "pointing")["n"] == 3
 
 
-def test_an_annotation_of_another_size_than_the_picture_is_named(annotated, tmp_path):
+def test_an_annotation_of_another_size_than_the_image_is_named(annotated, tmp_path):
     Image.new("RGB", (64, 64)).save(annotated / "images" / "0.png")
     results = bench.run(job(tmp_path / "b", data=annotated), workers=1)
-    assert any("0.png: annotated as 128 x 128, but the picture is 64 x 64" in p for p in results["problems"])
+    assert any("0.png: annotated as 128 x 128, but the image is 64 x 64" in p for p in results["problems"])
 
 
 def test_the_help_names_every_method_and_metric():
@@ -376,4 +377,4 @@ def test_what_was_asked_for_and_could_not_be_judged_is_a_failure(tmp_path):
         "--metrics",
     ]
     code, _, told = finished([*arguments, "pointing,grid_ap"])
-    assert (code, "tsgb: grid_ap is left out: too few pictures" in told) == (1, True)
+    assert (code, "tsgb: grid_ap is left out: too few images" in told) == (1, True)

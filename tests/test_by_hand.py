@@ -157,7 +157,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save(model.state_dict(), cache / Path(vision_models.ResNet18_Weights.DEFAULT.url).name)
-    Image.fromarray(tsgb.scenes.render(5, [1, 3]).picture).save(tmp_path / "scene.png")
+    Image.fromarray(tsgb.scenes.render(5, [1, 3]).image).save(tmp_path / "scene.png")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     out = tmp_path / "map.png"
     monkeypatch.setattr(sys, "argv", ["by_hand.py", str(tmp_path / "scene.png"), "--target", "1", "--out", str(out)])

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import tsgb
-from test_handing import relative
+from helpers import relative
 from tsgb import vision
 
 
@@ -126,28 +127,8 @@ def test_export(same, x):
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
-def test_torchscript_is_refused(how, x):
-    model = torch.jit.script(Net()) if how == "script" else torch.jit.trace(Net(), x)
-    with pytest.raises(tsgb.CoverageError, match=r"scripted module.*explain the module before"):
-        tsgb.explain(model, x, 1)
-
-
-def test_dynamically_quantised_is_refused(x):
-    quantised = torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(tsgb.CoverageError, match=r"quantised.*explain the float model"):
-        tsgb.explain(quantised, x, 1)
-
-
-def test_statically_quantised_is_refused(x):
-    model = nn.Sequential(
-        torch.ao.quantization.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU(), torch.ao.quantization.DeQuantStub()
-    ).eval()
-    model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
-    prepared = torch.ao.quantization.prepare(model)
-    prepared(x)
-    converted = torch.ao.quantization.convert(prepared)
-    with pytest.raises(tsgb.CoverageError, match="quantised"):
-        tsgb.explain(nn.Sequential(converted, nn.Flatten(), nn.Linear(4 * 14 * 14, 5)).eval(), x, 1)
+def test_torchscript(how, same, x):
+    same(torch.jit.script(Net()) if how == "script" else torch.jit.trace(Net(), x))
 
 
 def test_outputs_of_transformers(same):
@@ -291,6 +272,33 @@ def test_hooks_on_gradients_are_not_called(x):
     assert not seen
     Hooked()(x)[:, 1].sum().backward()
     assert len(seen) == 1, "they are the model's own afterwards"
+
+
+def test_checkpointing(same):
+    class Checkpointed(Net):
+        def forward(self, x):
+            x = checkpoint(self.body, x, use_reentrant=False)
+            return self.head(torch.flatten(self.pool(x + torch.tanh(x)), 1))
+
+    same(Checkpointed())
+
+
+def test_a_model_that_runs_without_gradients(same):
+    same(torch.no_grad()(Net()))
+    same(torch.inference_mode()(Net()))
+
+
+def test_inside_a_counter_of_operations(x):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    expected = tsgb.explain(Net(), x, 1).maps
+    with FlopCounterMode(display=False):
+        try:
+            found = tsgb.explain(Net(), x, 1)
+        except (RuntimeError, TypeError) as error:
+            assert "\n" not in str(error).strip()  # noqa: PT017
+            return
+    assert relative(found.maps, expected) < 1e-5
 
 
 def test_a_callable_with_attributes_of_a_modules_name(x):

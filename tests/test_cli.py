@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import tiny_networks
+import helpers
 import tsgb
-from tsgb import pictures, render, report, scenes
+from tsgb import images, render, report, scenes
 from tsgb.cli import SCENE, app
 
-TINY = str(Path(tiny_networks.__file__))
+TINY = str(Path(helpers.__file__))
 CNN = f"{TINY}:cnn"
 
 needs_torchvision = pytest.mark.skipif(
@@ -51,11 +51,11 @@ def names(folder):
 
 
 def scene(path, seed=0, size=96):
-    """A picture that is wider than high, whose rows and columns differ."""
+    """An image that is wider than high, whose rows and columns differ."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(scenes.render(seed, count=2, size=size).picture).crop((0, 0, size, size - 20))
-    picture.save(path)
-    return picture
+    image = Image.fromarray(scenes.render(seed, count=2, size=size).image).crop((0, 0, size, size - 20))
+    image.save(path)
+    return image
 
 
 def started(*arguments):
@@ -68,10 +68,10 @@ def started(*arguments):
 def test_targets_of_every_kind_once_each():
     scene("cat.png")
     found = explained("cat.png", "--model", CNN, "--target", 3, "--target", "top2", "--target", " DOG", "--target", "3")
-    logits = tsgb.load(CNN).model(tsgb.load(CNN).preprocessing.tensor(pictures.read("cat.png"))[None])[0]
+    logits = tsgb.load(CNN).model(tsgb.load(CNN).preprocessing.tensor(images.read("cat.png"))[None])[0]
     expected = list(dict.fromkeys([3, *logits.topk(2).indices.tolist(), 1]))
     assert [entry["target"] for entry in found] == expected
-    assert [entry["target_name"] for entry in found] == [tiny_networks.NAMES[index] for index in expected]
+    assert [entry["target_name"] for entry in found] == [helpers.NAMES[index] for index in expected]
     files = {f"cat_{index}.{kind}" for index in expected for kind in ("png", "npy")}
     assert set(names("out")) == files | {"cat_sheet.png", "record.json"}
 
@@ -97,7 +97,7 @@ def test_the_predicted_class_is_the_default():
 def test_folders_and_equal_stems():
     for path in ("a/cat.png", "b/cat.jpg", "b/dog.png"):
         scene(path)
-    Path("b/notes.txt").write_text("no picture")
+    Path("b/notes.txt").write_text("no image")
     found = explained("a/cat.png", "b", "b/dog.png", "--model", CNN, "--target", 0)
     assert [(entry["image"], entry["overlay"]) for entry in found] == [
         ("a/cat.png", "a-cat_0.png"),
@@ -109,7 +109,7 @@ def test_folders_and_equal_stems():
 
 @pytest.mark.parametrize("crop", [False, True])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_overlay_lies_on_the_original_picture(orientation, crop):
+def test_overlay_lies_on_the_original_image(orientation, crop):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = scene("cat.png")
@@ -122,14 +122,14 @@ def test_overlay_lies_on_the_original_picture(orientation, crop):
     assert overlay.size == size
     network = tsgb.load(CNN, size=(32, 24) if crop else None, resize="crop" if crop else None)
     restored = network.preprocessing.restore(np.load(Path("out", entry["map"])), size)
-    assert np.array_equal(overlay, render.overlay(pictures.read("turned.jpg"), restored))
+    assert np.array_equal(overlay, render.overlay(images.read("turned.jpg"), restored))
 
 
 def test_map_is_the_raw_one_in_the_networks_pixels():
     scene("cat.png")
     (entry,) = explained("cat.png", "--model", CNN, "--target", 4, "--method", "tsgb-pixels")
     network = tsgb.load(CNN)
-    image = network.preprocessing.tensor(pictures.read("cat.png"))[None]
+    image = network.preprocessing.tensor(images.read("cat.png"))[None]
     e = tsgb.explain(network.model, image, 4, rules=tsgb.rules.PIXELS)
     stored = np.load(Path("out", entry["map"]), allow_pickle=False)
     assert (stored.dtype, stored.shape) == (np.float32, (32, 32))
@@ -139,12 +139,12 @@ def test_map_is_the_raw_one_in_the_networks_pixels():
 
 def test_record_tells_what_was_run():
     scene("cat.png")
-    torch.save(tiny_networks.chain().state_dict(), "mine.pth")
+    torch.save(helpers.chain().state_dict(), "mine.pth")
     options = ["--model", CNN, "--weights", "mine.pth", "--target", 1, "--target", 3]
     pixels = ["--method", "tsgb-pixels", "--f", "0.5"]
     found = explained("cat.png", *options, "--size", "32", "--mean", "0.25", "--std", "0.5,0.25,1", *pixels)
     network = tsgb.load(CNN, size=32, mean=(0.25, 0.25, 0.25), std=(0.5, 0.25, 1))
-    tensor = network.preprocessing.tensor(pictures.read("cat.png"))[None]
+    tensor = network.preprocessing.tensor(images.read("cat.png"))[None]
     e = tsgb.explain(network.model, tensor, [[1, 3]], rules=tsgb.rules.PIXELS, f=0.5)
     with torch.inference_mode():
         logits = network.model(tensor)[0]
@@ -155,7 +155,7 @@ def test_record_tells_what_was_run():
         assert entry["weights_sha256"] == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()
         assert entry["preprocessing"] == network.preprocessing.record()
         assert entry["preprocessing"]["std"] == [0.5, 0.25, 1]
-        assert (entry["target"], entry["target_name"]) == (target, tiny_networks.NAMES[target])
+        assert (entry["target"], entry["target_name"]) == (target, helpers.NAMES[target])
         assert entry["logit"] == pytest.approx(float(logits[target]), abs=1e-6)
         assert entry["probability"] == pytest.approx(float(logits.softmax(0)[target]), abs=1e-6)
         assert (entry["method"], entry["rules"], entry["f"]) == ("tsgb-pixels", "PIXELS", 0.5)
@@ -180,36 +180,46 @@ def test_method_of_the_paper():
     (default,) = explained("cat.png", "--model", CNN, "--target", 0)
     usual = np.load("out/cat_0.npy")
     (paper,) = explained("cat.png", "--model", CNN, "--target", 0, "--method", "tsgb-paper")
-    assert (default["rules"], default["f"], paper["rules"], paper["f"]) == ("DEFAULT", None, "PAPER", 1.0)
+    assert (default["rules"], default["f"], paper["rules"], paper["f"]) == ("FUSED", None, "PAPER", 1.0)
+    assert (default["method"], paper["method"]) == ("tsgb-fused", "tsgb-paper")
     assert default["of_all_depths"]
     assert not paper["of_all_depths"]
     assert not np.allclose(usual, np.load("out/cat_0.npy"))
 
 
+def test_the_default_method_has_a_short_name():
+    scene("cat.png")
+    (default,) = explained("cat.png", "--model", CNN, "--target", 0)
+    usual = np.load("out/cat_0.npy")
+    (short,) = explained("cat.png", "--model", CNN, "--target", 0, "--method", "tsgb")
+    assert (short["method"], short["rules"]) == (default["method"], default["rules"]) == ("tsgb-fused", "FUSED")
+    assert np.array_equal(usual, np.load("out/cat_0.npy"))
+
+
 @pytest.mark.parametrize("name", ["grey.png", "palette.png", "alpha.png", "cmyk.jpg", "deep.png"])
-def test_pictures_of_every_kind(name):
-    picture = scene("cat.png")
-    grey = np.asarray(picture.convert("L"))
+def test_images_of_every_kind(name):
+    image = scene("cat.png")
+    grey = np.asarray(image.convert("L"))
     made = {
-        "grey.png": picture.convert("L"),
-        "palette.png": picture.convert("P"),
-        "alpha.png": Image.merge("RGBA", [*picture.split(), Image.fromarray(grey)]),
-        "cmyk.jpg": picture.convert("CMYK"),
+        "grey.png": image.convert("L"),
+        "palette.png": image.convert("P"),
+        "alpha.png": Image.merge("RGBA", [*image.split(), Image.fromarray(grey)]),
+        "cmyk.jpg": image.convert("CMYK"),
         "deep.png": Image.fromarray(grey.astype(np.uint16) * 257),
     }
     made[name].save(name)
     assert Image.open(name).mode == made[name].mode
     (entry,) = explained(name, "--model", CNN)
-    assert Image.open(Path("out", entry["overlay"])).size == picture.size
+    assert Image.open(Path("out", entry["overlay"])).size == image.size
     assert np.isfinite(np.load(Path("out", entry["map"]))).all()
-    if name == "deep.png":  # white is white: as the 8-bit picture of the same grey
+    if name == "deep.png":  # white is white: as the 8-bit image of the same grey
         made["grey.png"].save("grey.png")
         assert explained("grey.png", "--model", CNN)[0]["logit"] == entry["logit"]
 
 
-def test_a_picture_without_evidence_says_why():
+def test_an_image_without_evidence_says_why():
     Image.new("RGB", (40, 30), (128, 128, 128)).save("flat.png")
-    torch.save({**tiny_networks.chain().state_dict(), "6.weight": -torch.ones(5, 8)}, "against.pth")
+    torch.save({**helpers.chain().state_dict(), "6.weight": -torch.ones(5, 8)}, "against.pth")
     result = run("explain", "flat.png", "--model", CNN, "--weights", "against.pth", "--target", 1)
     assert result.exit_code == 0
     (entry,) = entries("tsgb-out")
@@ -229,11 +239,11 @@ def test_output_names_what_was_written():
 
 def test_an_operator_without_a_rule_is_told():
     scene("cat.png")
-    result = run("explain", "cat.png", "--model", f"{TINY}:sine")
+    result = run("explain", "cat.png", "--model", f"{TINY}:cosine")
     assert result.exit_code == 0
     assert result.stderr.count("\n") == 1
-    assert "no rule for sin" in result.stderr
-    assert f"tsgb doctor --model {TINY}:sine" in result.stderr
+    assert "no rule for cos" in result.stderr
+    assert f"tsgb doctor --model {TINY}:cosine" in result.stderr
 
 
 def test_version():
@@ -249,7 +259,7 @@ def test_without_a_command_the_help_is_shown():
 # the program itself
 
 
-def test_without_pictures_a_bundled_scene_for_its_two_objects_the_same_every_time(tmp_path):
+def test_without_images_a_bundled_scene_for_its_two_objects_the_same_every_time(tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
@@ -265,7 +275,7 @@ def test_without_pictures_a_bundled_scene_for_its_two_objects_the_same_every_tim
     assert set(first) == files | {"record.json", "scene.png", "scene_sheet.png"}
     seed, size = SCENE
     truth = scenes.render(seed, count=2, size=size)
-    assert np.array_equal(truth.picture, Image.open(folders[0] / "tsgb-out" / "scene.png"))
+    assert np.array_equal(truth.image, Image.open(folders[0] / "tsgb-out" / "scene.png"))
     assert sorted(objects) == sorted(truth.classes)
     for entry in found:
         assert entry["probability"] > 0.3
@@ -304,14 +314,14 @@ class Sneaky:
 def inputs():
     """Files for the table of bad inputs."""
     scene("cat.png").save("whole.jpg")
-    Path("text.jpg").write_text("this is no picture\n")
+    Path("text.jpg").write_text("this is no image\n")
     Path("cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:900])
     Path("zero.png").touch()
     Path("bomb.png").write_bytes(bomb(10_001, 10_000))
     Path("bomb.gif").write_bytes(gif_bomb())
     Path("empty").mkdir()
     Path("file").write_text("no folder")
-    state = tiny_networks.chain().state_dict()
+    state = helpers.chain().state_dict()
     torch.save({f"net.{key}": value for key, value in state.items()}, "other.pth")
     torch.save({**state, "6.weight": Sneaky()}, "sneaky.pth")
     torch.save({0: torch.ones(1)}, "numbers.pth")
@@ -319,14 +329,14 @@ def inputs():
 
 BAD = [
     (["none.png"], ["none.png", "no such file"]),
-    (["text.jpg"], ["text.jpg", "not a picture"]),
+    (["text.jpg"], ["text.jpg", "not an image"]),
     (["cut.jpg"], ["cut.jpg", "truncated"]),
     (["zero.png"], ["zero.png", "is empty"]),
     (["bomb.png"], ["bomb.png", "too large", "10001 x 10000", "100000000"]),
     (["bomb.gif"], ["bomb.gif", "too large"]),
-    (["empty"], ["empty", "holds no picture files"]),
+    (["empty"], ["empty", "holds no image files"]),
     (["none.png", "--target", "top2", "--target", "0"], ["none.png", "no such file"]),
-    (["cat.png", "--model", f"{TINY}:cn"], ["tiny_networks.py", "no function cn", "cnn"]),
+    (["cat.png", "--model", f"{TINY}:cn"], ["helpers.py", "no function cn", "cnn"]),
     (["cat.png", "--model", "none.py:cnn"], ["none.py", "does not exist"]),
     (["cat.png", "--model", f"{TINY}:mlp"], ["no convolution", "flatten, linear, relu"]),
     (["cat.png", "whole.jpg", "--model", f"{TINY}:mlp"], ["no convolution"]),
@@ -391,13 +401,13 @@ def test_out_must_not_be_a_file(inputs, out):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_no_output_replaces_a_picture(reverse):
+def test_no_output_replaces_an_image(reverse):
     for path in ("cat.png", "cat_0.png"):
         scene(path)
     before = {name: Path(name).read_bytes() for name in names(".")}
     order = ["cat_0.png", "cat.png"] if reverse else ["cat.png", "cat_0.png"]
     result = run("explain", *order, "--model", CNN, "--target", 0, "--out", ".")
-    check_one_line(result, ["cat_0.png is one of the pictures", "choose another --out"])
+    check_one_line(result, ["cat_0.png is one of the images", "choose another --out"])
     assert {name: Path(name).read_bytes() for name in names(".")} == before
 
 
@@ -405,7 +415,7 @@ def test_no_output_replaces_a_picture(reverse):
     ("wrong", "words"),
     [
         (["--nonsense"], ["--nonsense"]),
-        (["--method", "nonsense"], ["--method", "tsgb, tsgb-pixels, tsgb-paper", "'nonsense'"]),
+        (["--method", "nonsense"], ["--method", "tsgb-fused, tsgb-pixels, tsgb-paper", "'nonsense'"]),
         (["--size", "abc"], ["--size", "'abc'"]),
         (["--size", "3x4x5"], ["--size", "'3x4x5'"]),
         (["--mean", "1,2"], ["--mean", "'1,2'"]),
@@ -433,13 +443,13 @@ def test_unknown_command_is_a_wrong_call():
     assert run("explian").exit_code == 2
 
 
-def test_a_bad_picture_among_good_ones():
+def test_a_bad_image_among_good_ones():
     scene("cat.png")
     scene("dog.png", seed=1)
-    Path("bad.png").write_text("no picture")
+    Path("bad.png").write_text("no image")
     result = run("explain", "cat.png", "bad.png", "dog.png", "--model", CNN, "--target", 0, "--out", "out")
     assert result.exit_code == 1
-    assert result.stderr == "tsgb: bad.png: not a picture in a format that can be read\n"
+    assert result.stderr == "tsgb: bad.png: not an image in a format that can be read\n"
     assert [entry["image"] for entry in entries("out")] == ["cat.png", "dog.png"]
     assert names("out") == ["cat_0.npy", "cat_0.png", "dog_0.npy", "dog_0.png", "record.json"]
     assert "bad.png" not in result.stdout
@@ -474,7 +484,7 @@ def test_doctor_passes_a_network_and_lists_its_operators():
     assert len(checks) == 6
     assert not [line for line in checks if line.startswith("FAIL")]
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["conv2d", "conv_lumped", "1"] in rows
+    assert ["conv2d", "conv_merged_groups", "1"] in rows
     assert ["linear", "gradient_head", "1"] in rows
 
 
@@ -501,7 +511,7 @@ def test_doctor_refuses_in_one_line(factory, words):
 @pytest.mark.parametrize(
     ("factory", "line"),
     [
-        ("sine", "FAIL every operator has a rule: ordinary gradient: sin (1)"),
+        ("cosine", "FAIL every operator has a rule: ordinary gradient: cos (1)"),
         ("counting", "FAIL model is unchanged: "),
         ("batch_dependent", "FAIL maps do not depend on the batch: "),
     ],
@@ -534,8 +544,8 @@ def test_cat_and_dog(shared, mobilenet):
 
 @needs_torchvision
 def test_class_1000_of_1000(shared, mobilenet):
-    picture = shared / "data/two_class/tsgb_cat_dog.png"
-    result = run("explain", picture, *mobilenet, "--target", 1000)
+    image = shared / "data/two_class/tsgb_cat_dog.png"
+    result = run("explain", image, *mobilenet, "--target", 1000)
     check_one_line(result, ["target 1000 is no class", "1000 classes are 0 to 999"])
     assert names(".") == []
 
@@ -543,16 +553,16 @@ def test_class_1000_of_1000(shared, mobilenet):
 @pytest.mark.parametrize("weights", [True, False])
 def test_tiny_darknet(shared, weights):
     options = ["--weights", shared / "weights/tiny_darknet_imagenet.pth", "--target", 282] if weights else []
-    picture = shared / "data/two_class/tsgb_cat_dog.png"
+    image = shared / "data/two_class/tsgb_cat_dog.png"
     model = ["--model", f"{shared}/tools/nets.py:tiny_darknet", "--mean", 0, "--std", 1]
-    (entry,) = explained(picture, *model, *options)
+    (entry,) = explained(image, *model, *options)
     assert entry["preprocessing"]["mean"] == [0, 0, 0]
     assert entry["preprocessing"]["std"] == [1, 1, 1]
     assert np.load(Path("out", entry["map"])).shape == (224, 224)
-    assert Image.open(Path("out", entry["overlay"])).size == Image.open(picture).size
+    assert Image.open(Path("out", entry["overlay"])).size == Image.open(image).size
 
 
-def test_the_scene_replaces_nobodys_picture(tmp_path):
+def test_the_scene_replaces_nobodys_image(tmp_path):
     out = tmp_path / "keep"
     out.mkdir()
     Image.new("RGB", (9, 9), "red").save(out / "scene.png")

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tsgb
-from loading import printed
-from networks_spelled import SPELLED, NormalisesItsInput
-from test_handing import REAL, Drawn, real
+from helpers import REAL, SPELLED, Branched, Drawn, NormalisesItsInput, mean, printed, real, relative
 from tsgb import compiled, rules
 from tsgb.passes import Pass
 
@@ -72,7 +70,8 @@ def test_every_target_that_explain_takes(target):
     assert ours.maps.dtype == theirs.maps.dtype
 
 
-@pytest.mark.parametrize("table", ["DEFAULT", "PIXELS", "PAPER"])
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["FUSED", "PIXELS", "PAPER"])
 @pytest.mark.parametrize("network", SPELLED)
 def test_every_spelling(network, table):
     model, table = network(), getattr(rules, table)
@@ -81,6 +80,7 @@ def test_every_spelling(network, table):
     assert_same(explainer(x, [[2, 1], [3, 4]]), tsgb.explain(model, x, [[2, 1], [3, 4]], rules=table), 1e-9)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.data(), st.integers(0, 2**31))
 def test_a_network_drawn_at_random(data, seed):
@@ -91,6 +91,7 @@ def test_a_network_drawn_at_random(data, seed):
     assert_same(explainer(x, [[3, 1]] * 2), tsgb.explain(model, x, [[3, 1]] * 2), 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name, shared):
     model, x = real(name, shared, slice(2))
@@ -98,6 +99,7 @@ def test_real_networks(name, shared):
     assert_same(explainer(x, [[7, 9], [281, 7]]), tsgb.explain(model, x, [[7, 9], [281, 7]]), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor():
     # In a process of its own, as the compiler leaves threads behind.
@@ -108,6 +110,24 @@ def test_inductor():
         assert_same(explainer(images(), [[4, 1], [3, 0]]), tsgb.explain(Small(), images(), [[4, 1], [3, 0]]), 1e-4)
         print("same")"""
     assert printed(program, Path(__file__).parent) == "same"
+
+
+def test_a_head_that_batch_norm_follows():
+    def forward(net, x):
+        return mean(torch.relu(net.norm(net.b(torch.relu(net.a(x))))))
+
+    net, x = Branched(forward), torch.rand(1, 3, 16, 16)
+    net.b = nn.Conv2d(6, 6, 3, bias=False)
+    found = traced(net, x)(x)  # of the class that the last rectifier lets pass
+    assert relative(found.maps, tsgb.explain(net, x).maps) < 1e-4
+
+
+def test_images_one_by_one_are_refused_where_several_come():
+    def one_by_one(net, x):
+        return torch.cat([net.head(mean(torch.relu(net.b(torch.relu(net.a(one)))))) for one in x.split(1)])
+
+    with pytest.raises(RuntimeError, match="give it one image"):
+        traced(Branched(one_by_one), torch.rand(3, 3, 16, 16))
 
 
 def test_it_is_traced_once_for_a_shape_a_number_of_classes_and_a_precision():
@@ -217,8 +237,6 @@ def test_a_target_that_cannot_be_hashed():
     ("model", "words"),
     [
         (ByValue(), "depends on the values"),
-        (ByNumpy(), "by numpy"),
-        (LogitsByNumpy(), "by numpy"),
         (CountByNumpy(), "by numpy"),
         (Drawing(), "draws random"),
         (torch.compile(Small()), "compiled itself"),
@@ -227,6 +245,14 @@ def test_a_target_that_cannot_be_hashed():
 def test_what_cannot_be_traced_is_refused(model, words):
     with pytest.raises(RuntimeError, match=f"{words}.*tsgb.explain"):
         traced(model, images(), 1)
+
+
+@pytest.mark.parametrize("model", [ByNumpy(), LogitsByNumpy()])
+def test_what_comes_by_numpy_is_refused(model):
+    with pytest.raises(RuntimeError, match="NumPy"):
+        traced(model, images(), 1)
+    with pytest.raises(tsgb.CoverageError, match="NumPy"):
+        tsgb.explain(model, images(), 1)
 
 
 def test_the_graph_may_differ_where_the_last_digit_decides():
@@ -295,13 +321,13 @@ def test_errors_are_those_of_explain():
         explainer(x, 1)
     with pytest.raises(tsgb.CoverageError, match="strict"):
         traced(
-            nn.Sequential(nn.Conv2d(3, 4, 3), Sine(), *list(model)[-3:-1], nn.Linear(4, 5)).eval(), x, 1, strict=True
+            nn.Sequential(nn.Conv2d(3, 4, 3), Cosine(), *list(model)[-3:-1], nn.Linear(4, 5)).eval(), x, 1, strict=True
         )
 
 
-class Sine(nn.Module):
+class Cosine(nn.Module):
     def forward(self, x):
-        return x.sin()
+        return x.cos()
 
 
 def test_the_callers_modes_and_the_model_are_left_alone():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tsgb import pictures
+from tsgb import images
 from tsgb.data import Category, DataError, open_dataset
 from tsgb.data.segmentation import union_mask
 
@@ -305,12 +305,12 @@ def test_a_file_that_is_not_coco_is_an_error_of_one_line(tmp_path, text):
         ("annotations/instances_val2017.json", "val2017"),
     ],
 )
-def test_pictures_are_found_where_they_usually_lie(tmp_path, file, below):
+def test_images_are_found_where_they_usually_lie(tmp_path, file, below):
     written(tmp_path, [annotation([0, 0, 1, 1])], [image(1, "gone.png"), image(2)], file=file, below=below)
     (tmp_path / below / "gone.png").unlink()
     data = open_dataset(tmp_path if file == "annotations.json" else tmp_path / file)
     assert data.samples[1].read().size == (4, 4)
-    with pytest.raises(pictures.PictureError, match=r"gone\.png: no such file"):
+    with pytest.raises(images.ImageError, match=r"gone\.png: no such file"):
         data.samples[0].read()
     assert data.name == (tmp_path.name if file == "annotations.json" else file.rpartition("/")[2][:-5])
 
@@ -325,14 +325,14 @@ def test_boxes_need_no_pycocotools_and_masks_say_how_to_get_it(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "pictures_in_all", "boxes", "pairs", "masks"),
+    ("name", "images_in_all", "boxes", "pairs", "masks"),
     [("imagenet_val400", 400, 589, 400, 0), ("coco_voc", 78, 411, 126, 126)],
 )
-def test_the_shared_photographs_are_counted_as_they_are(shared, name, pictures_in_all, boxes, pairs, masks):
+def test_the_shared_photographs_are_counted_as_they_are(shared, name, images_in_all, boxes, pairs, masks):
     data = open_dataset(shared / "data" / name)
     regions = [region for sample in data.samples for region in sample.regions()]
     assert (data.name, data.layout, data.problems) == (name, "coco", ())
-    assert len(data.samples) == pictures_in_all
+    assert len(data.samples) == images_in_all
     assert sum(len(region.boxes) for region in regions) == boxes
     assert sum(len(sample.categories) for sample in data.samples) == len(regions) == pairs
     assert sum(region.mask is not None for region in regions) == masks

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tsgb import networks, pictures, scenes
-from tsgb.bench.subjects import subject
+from tsgb import images, networks, scenes
+from tsgb.bench.samples import prepare_sample
 from tsgb.data import Category, DataError, open_dataset
 from tsgb.data.files import inside, read_xml
 from tsgb.models import Network
@@ -18,7 +18,7 @@ from tsgb.preprocessing import Preprocessing
 BOMB = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'
 
 
-def picture(path, size=(6, 5)):
+def image(path, size=(6, 5)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "blue").save(path)
 
@@ -44,10 +44,10 @@ def problem_of(call):
 
 @pytest.fixture
 def voc(tmp_path):
-    """Three pictures, the third one without annotation."""
+    """Three images, the third one without annotation."""
     root = tmp_path / "VOC2012"
     for name in "abc":
-        picture(root / "JPEGImages" / f"{name}.jpg")
+        image(root / "JPEGImages" / f"{name}.jpg")
     xml(root / "Annotations" / "a.xml", item("dog", 1, 1, 6, 5), item("bird", 2, 3, 4, 4), item("dog", 3, 3, 3, 3))
     xml(root / "Annotations" / "b.xml", item("cat", 1, 1, 2, 2, difficult=1), item("sofa", 1, 1, 2, 2, difficult=0))
     return root
@@ -106,7 +106,7 @@ def test_voc_masks_that_do_not_fit_are_refused(voc, shape, mode, told):
 
 def test_voc_masks_that_are_broken_are_refused(voc):
     (voc / "SegmentationClass").mkdir()
-    (voc / "SegmentationClass" / "a.png").write_bytes(b"no picture")
+    (voc / "SegmentationClass" / "a.png").write_bytes(b"no image")
     assert problem_of(open_dataset(voc).samples[0].regions).startswith(str(voc / "SegmentationClass" / "a.png"))
 
 
@@ -122,7 +122,7 @@ def test_voc_takes_the_first_list_of_val_test_trainval_and_train(voc):
             "test": ["c.jpg"],
             "val": ["c.jpg", "b.jpg"],
         }[name]
-    assert data.problems == ("JPEGImages: no picture for 'd'",)
+    assert data.problems == ("JPEGImages: no image for 'd'",)
 
 
 def test_voc_with_a_list_that_is_no_text_is_an_error(voc):
@@ -151,7 +151,7 @@ def test_voc_lists_what_is_broken_and_goes_on(voc):
     assert "unknown class ''" in data.problems[0]
     assert all("expected a bndbox with the numbers" in data.problems[place] for place in (1, 2, 3, 4, 6))
     assert "nothing of the box" in data.problems[5]
-    assert "no picture for 'gone'" in data.problems[-1]
+    assert "no image for 'gone'" in data.problems[-1]
 
 
 @pytest.mark.parametrize("size", ["", "<size/>", "<size><width>x</width><height>5</height></size>"])
@@ -181,7 +181,7 @@ def test_voc_xml_that_is_broken_or_dangerous_is_named_and_has_no_regions(voc, da
     told = problem_of(opened.samples[0].regions)
     assert told.startswith(str(voc / "Annotations" / "a.xml"))
     assert why in told
-    assert opened.problems == ()  # told by the picture, once
+    assert opened.problems == ()  # told by the image, once
     assert opened.samples[1].categories == (18,)
 
 
@@ -192,7 +192,7 @@ def test_voc_xml_that_is_broken_and_belongs_to_no_sample_is_listed(voc):
     (voc / "Annotations" / "._a.xml").write_bytes(b"a Mac's")
     (voc / "Annotations" / "notes.txt").write_bytes(b"no annotation")
     missing, bomb = open_dataset(voc).problems
-    assert missing == "JPEGImages: no picture for 'gone'"
+    assert missing == "JPEGImages: no image for 'gone'"
     assert bomb.startswith(str(voc / "Annotations" / "gone.xml"))
     lists = voc / "ImageSets" / "Main"
     lists.mkdir(parents=True)
@@ -247,30 +247,30 @@ def test_voc_reads_each_annotation_once(voc, monkeypatch):
         ([item("", 1, 1, 2, 2)], "object[0]: unknown class ''"),
         (
             [item("dog", 1, 1, 2, 2, difficult=1), item("dog", 9, 9, 9, 9), item("dog"), item("dog")],
-            "1 marked as difficult, object[1]: nothing of the box [8.0, 8.0, 9.0, 9.0] lies in the picture, "
+            "1 marked as difficult, object[1]: nothing of the box [8.0, 8.0, 9.0, 9.0] lies in the image, "
             "2 more faults",
         ),
     ],
     ids=["difficult", "unknown", "both"],
 )
-def test_voc_pictures_of_which_no_object_is_left_say_why(voc, items, why):
+def test_voc_images_of_which_no_object_is_left_say_why(voc, items, why):
     xml(voc / "Annotations" / "a.xml", *items)
     data = open_dataset(voc)
     assert (data.samples[0].categories, data.problems) == ((), ())
     assert problem_of(data.samples[0].regions) == f"{voc / 'Annotations' / 'a.xml'}: no object can be used: {why}"
 
 
-def test_the_bench_tells_what_is_broken_in_a_picture_once_and_no_annotation_only_where_none_is(voc):
+def test_the_bench_tells_what_is_broken_in_an_image_once_and_no_annotation_only_where_none_is(voc):
     (voc / "Annotations" / "a.xml").write_text("no XML")
     xml(voc / "Annotations" / "b.xml", item("dog", 1, 1, 2, 2, difficult=1))
-    picture(voc / "JPEGImages" / "d.jpg")
+    image(voc / "JPEGImages" / "d.jpg")
     xml(voc / "Annotations" / "d.xml")
     data, preprocessing = open_dataset(voc), Preprocessing(size=(4, 4))
     network = Network(torch.nn.Identity(), preprocessing, None, "spec", "weights", "0")
     told = list(data.problems)
     for index, sample in enumerate(data.samples):
-        image = sample.read()
-        found = subject(sample, index, image, preprocessing.tensor(image), torch.zeros(3), data, network)
+        shown = sample.read()
+        found = prepare_sample(sample, index, shown, preprocessing.tensor(shown), torch.zeros(3), data, network)
         assert found.cases == ()
         told.extend(found.problems)
     broken, difficult, *bare = told
@@ -281,7 +281,7 @@ def test_the_bench_tells_what_is_broken_in_a_picture_once_and_no_annotation_only
 
 @pytest.fixture(params=["ilsvrc", "beside", "subfolders"])
 def imagenet(request, tmp_path):
-    """Pictures 1 and 2 are annotated, 3 is not; the folders of ILSVRC, or all in one, or in one for each class."""
+    """Images 1 and 2 are annotated, 3 is not; the folders of ILSVRC, or all in one, or in one for each class."""
     roots = {
         "ilsvrc": (tmp_path / "Annotations" / "CLS-LOC" / "val", tmp_path / "Data" / "CLS-LOC" / "val"),
         "beside": (tmp_path, tmp_path),
@@ -289,9 +289,9 @@ def imagenet(request, tmp_path):
     }
     annotations, data = roots[request.param]
     for name in "123":
-        picture(data / f"{name}.JPEG")
+        image(data / f"{name}.JPEG")
     if request.param == "ilsvrc":
-        picture(tmp_path / "Data" / "CLS-LOC" / "train" / "n01" / "4.JPEG")
+        image(tmp_path / "Data" / "CLS-LOC" / "train" / "n01" / "4.JPEG")
         xml(tmp_path / "Annotations" / "CLS-LOC" / "train" / "4.xml", item("n01440764", 0, 0, 2, 2))
     xml(annotations / "1.xml", item("n01443537", 2, 1, 6, 9), item("n01440764", 0, 0, 2, 2))
     xml(annotations / "2.xml", item("n15075141", 1, 1, 2, 2), item("n00000001", 1, 1, 2, 2))
@@ -317,7 +317,7 @@ def test_imagenet_classes_are_numbered_by_wnid_and_edges_are_as_they_stand(image
 
 def test_imagenet_lists_what_has_no_partner_or_is_broken(tmp_path):
     for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg", ".3.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     xml(tmp_path / "Annotations" / "1.xml", item("n01440764", 0, 0, 2, 2))
     xml(tmp_path / "Annotations" / "3.xml", item("n01440764", 0, 0, 2, 2))
     (tmp_path / "Annotations" / "2.xml").write_text(BOMB)
@@ -326,21 +326,21 @@ def test_imagenet_lists_what_has_no_partner_or_is_broken(tmp_path):
     assert "document type" in problem_of(data.samples[1].regions)
     assert sorted(problem.split(": ")[-1] for problem in data.problems) == [
         "another file has this stem already",
-        "no picture for it",
+        "no image for it",
     ]
 
 
 def test_xml_files_without_a_class_of_imagenet_are_no_data_set(tmp_path):
-    picture(tmp_path / "1.jpg")
+    image(tmp_path / "1.jpg")
     xml(tmp_path / "1.xml", item("dog", 0, 0, 2, 2))
     told = problem_of(lambda: open_dataset(tmp_path))
     assert "no XML file names a class of ImageNet" in told
     assert "1.xml: no object can be used: object[0]: unknown class 'dog'" in told
 
 
-def test_labels_give_each_picture_its_class(tmp_path):
-    picture(tmp_path / "images" / "b.png")
-    picture(tmp_path / "images" / "x" / "a.png")
+def test_labels_give_each_image_its_class(tmp_path):
+    image(tmp_path / "images" / "b.png")
+    image(tmp_path / "images" / "x" / "a.png")
     (tmp_path / "labels.json").write_text(json.dumps({"b.png": 7, "./x/a.png": 3, "gone.png": 7}))
     data = open_dataset(tmp_path)
     assert (data.name, data.layout, data.problems) == (tmp_path.name, "labels", ())
@@ -353,12 +353,12 @@ def test_labels_give_each_picture_its_class(tmp_path):
     (region,) = data.samples[1].regions()
     assert (region.category, region.boxes.shape, region.mask) == (3, (0, 4), None)
     assert data.samples[1].read().size == (6, 5)
-    with pytest.raises(pictures.PictureError, match=r"gone\.png: no such file"):
+    with pytest.raises(images.ImageError, match=r"gone\.png: no such file"):
         data.samples[2].read()
 
 
 def test_labels_that_are_broken_are_listed(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     broken = {"../a.png": 0, "./a.png": 1, "b": -1, "c": "1", "d": 1.0, "e": True, "f": None, "": 3}
     (tmp_path / "labels.json").write_text(json.dumps({"a.png": 0, **broken}))
     data = open_dataset(tmp_path)
@@ -369,9 +369,9 @@ def test_labels_that_are_broken_are_listed(tmp_path):
 
 def test_folders_are_classes_by_name(tmp_path):
     for name in ("zebra/2.png", "zebra/1.JPG", "ant/1.png", "ant/.2.png", "ant/deep/3.png", ".cache/1.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "moth").mkdir()
-    (tmp_path / "zebra" / "notes.txt").write_text("no picture")
+    (tmp_path / "zebra" / "notes.txt").write_text("no image")
     data = open_dataset(tmp_path)
     assert (data.name, data.layout) == (tmp_path.name, "folders")
     assert data.categories == {0: Category("ant"), 1: Category("moth"), 2: Category("zebra")}
@@ -380,25 +380,25 @@ def test_folders_are_classes_by_name(tmp_path):
         ("zebra/1.JPG", (2,)),
         ("zebra/2.png", (2,)),
     ]
-    assert data.problems == (f"{tmp_path / 'moth'}: holds no picture files",)
+    assert data.problems == (f"{tmp_path / 'moth'}: holds no image files",)
     assert data.samples[2].regions()[0].boxes.shape == (0, 4)
     assert data.samples[2].read().size == (6, 5)
 
 
 def test_folders_are_sorted_as_text(tmp_path):
     for name in ("2", "10", "b", "B"):
-        picture(tmp_path / name / "1.png")
+        image(tmp_path / name / "1.png")
     categories = open_dataset(tmp_path).categories
     assert [categories[index].name for index in range(4)] == ["10", "2", "B", "b"]
 
 
 def test_folders_of_wnids_have_the_numbers_of_imagenet(tmp_path):
     for name in ("n15075141", "n01443537"):
-        picture(tmp_path / name / "1.png")
+        image(tmp_path / name / "1.png")
     data = open_dataset(tmp_path)
     assert data.categories == {1: Category("n01443537", "n01443537"), 999: Category("n15075141", "n15075141")}
     assert [sample.categories for sample in data.samples] == [(1,), (999,)]
-    picture(tmp_path / "other" / "1.png")
+    image(tmp_path / "other" / "1.png")
     assert [sample.categories for sample in open_dataset(tmp_path).samples] == [(0,), (1,), (2,)]
 
 
@@ -411,7 +411,7 @@ def test_the_bundled_scenes_are_those_of_render():
         assert sample.name == f"scene-{index:06}"
         assert sample.categories == tuple(sorted(scene.classes))
         assert sample.size == (128, 128)
-        assert np.array_equal(np.asarray(sample.read()), scene.picture)
+        assert np.array_equal(np.asarray(sample.read()), scene.image)
         regions = sample.regions()
         assert tuple(region.category for region in regions) == sample.categories
         for region in regions:
@@ -443,7 +443,7 @@ def test_changing_a_mask_leaves_the_next_one_whole():
 
 
 def test_annotations_come_before_labels_and_labels_before_folders(tmp_path):
-    picture(tmp_path / "images" / "a.png")
+    image(tmp_path / "images" / "a.png")
     assert open_dataset(tmp_path).layout == "folders"
     (tmp_path / "labels.json").write_text('{"a.png": 1}')
     assert open_dataset(str(tmp_path)).layout == "labels"
@@ -453,7 +453,7 @@ def test_annotations_come_before_labels_and_labels_before_folders(tmp_path):
 
 def test_where_nothing_known_is_the_layouts_are_named(tmp_path):
     flat = tmp_path / "flat"
-    picture(flat / "a.png")
+    image(flat / "a.png")
     bare = tmp_path / "bare"
     (bare / "below").mkdir(parents=True)
     for path in (flat, bare, flat / "a.png"):
@@ -474,7 +474,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(name):
     assert inside(name) is None
 
 
-def test_the_shared_single_pictures_are_counted_as_they_are(shared):
+def test_the_shared_single_images_are_counted_as_they_are(shared):
     data = open_dataset(shared / "data" / "imagenet_single400")
     assert (data.layout, len(data.samples), data.problems) == ("labels", 400, ())
     assert len({sample.categories for sample in data.samples}) == 400

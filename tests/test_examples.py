@@ -64,8 +64,8 @@ def test_a_class_within_the_mask_of_a_segmentation(name, label, shared):
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     )
-    with Image.open(shared / "data" / "coco_voc" / "images" / f"{name}.jpg") as picture:
-        image = network.preprocessing.tensor(picture.convert("RGB"))[None]
+    with Image.open(shared / "data" / "coco_voc" / "images" / f"{name}.jpg") as photo:
+        image = network.preprocessing.tensor(photo.convert("RGB"))[None]
     with torch.no_grad():
         mask = network.model(image).argmax(1) == label
     found = tsgb.explain(network.model, image, lambda scores: (scores[:, label] * mask).sum((1, 2)) / mask.sum())

@@ -14,13 +14,10 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-import plain
+import reference
 import tsgb
+from helpers import REAL, real, relative
 from tsgb import models, networks, rules, scenes, vision
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 def randomised(model):
@@ -58,8 +55,8 @@ def test_paper_is_the_authors_map_of_a_trained_network(shared):
     golden = np.load(shared / "golden" / "mobilenet_v2_authors.npz")
     for key in golden.files:
         file, target = key.split("/")
-        picture = Image.open(shared / "data" / "two_class" / file).convert("RGB")
-        pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None]
+        image = Image.open(shared / "data" / "two_class" / file).convert("RGB")
+        pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None]
         resized = functional.interpolate(pixels, (224, 224), mode="bilinear", antialias=True).float() / 255
         mean, std = (torch.tensor(getattr(network.preprocessing, n))[:, None, None] for n in ("mean", "std"))
         maps = tsgb.explain(network.model, (resized - mean) / std, int(target), rules=rules.PAPER).maps
@@ -85,7 +82,7 @@ def _edited_conv(module, x):
         return x.sign() * functional.conv_transpose2d(c / (n + 1e-10), ones, **strided, output_padding=left)
 
     run = partial(functional.conv2d, weight=module.weight, bias=module.bias)
-    return plain._Operator.apply(
+    return reference.Operator.apply(
         x,
         lambda s: run(s, stride=geometry[0], padding=geometry[1], dilation=geometry[2], groups=module.groups),
         backward,
@@ -97,7 +94,7 @@ def _edited_norm(module, x):
         scale = module.weight / (module.running_var + module.eps).sqrt()
         return (x - module.running_mean[:, None, None]) * scale[:, None, None] + module.bias[:, None, None]
 
-    return plain._Operator.apply(x, run, lambda grad, x: grad * run(x) / (x + 1e-10))
+    return reference.Operator.apply(x, run, lambda grad, x: grad * run(x) / (x + 1e-10))
 
 
 def _edited_pool(module, x):
@@ -105,7 +102,7 @@ def _edited_pool(module, x):
         relevance = grad * functional.avg_pool2d(x, 2)
         return functional.interpolate(relevance, scale_factor=2, mode="nearest") / 4 / (x + 1e-10)
 
-    return plain._Operator.apply(x, lambda s: functional.avg_pool2d(s, 2), backward)
+    return reference.Operator.apply(x, lambda s: functional.avg_pool2d(s, 2), backward)
 
 
 def _edited_head(module, x):
@@ -114,7 +111,7 @@ def _edited_head(module, x):
         beta = (x @ above.T) / (x @ below.T).abs()
         return grad @ above + (beta * grad) @ below
 
-    return plain._Operator.apply(x, lambda s: functional.linear(s, module.weight, module.bias), backward)
+    return reference.Operator.apply(x, lambda s: functional.linear(s, module.weight, module.bias), backward)
 
 
 def edited(model):
@@ -181,7 +178,7 @@ def test_1_a_signed_map_sums_to_the_evidence_that_f_leaves(f, act, grouped):
 
 def test_1_on_a_trained_network_with_skip_additions():
     model = networks.bundled().double()
-    x = networks.inputs(np.stack([scenes.render(seed, count=2).picture for seed in (1, 2)])).double()
+    x = networks.inputs(np.stack([scenes.render(seed, count=2).image for seed in (1, 2)])).double()
     features = {}
     (head,) = (module for module in model.modules() if isinstance(module, nn.Linear))
     head.register_forward_pre_hook(lambda module, args: features.update(x=args[0].detach()))
@@ -232,33 +229,31 @@ def test_3_below_a_convolution_the_map_is_a_linear_function_of_its_field_alone()
 def _plain_head():
     """Heads that keep their ordinary gradient, to set what arrives below."""
 
-    def ordinary_head(grad, x, weight, bias=None, *, f):
-        return grad @ weight
-
-    return {**rules.PIXELS[rules.HEAD], functional.linear: ordinary_head}
+    return dict.fromkeys(rules.PIXELS[rules.HEAD], rules.ORDINARY)
 
 
 def test_4_what_a_convolution_receives_from_the_one_above_is_its_field_times_the_size_of_the_features():
     model, x = Chain(), images()
     seen = []
 
-    def watched(grad, x, weight, bias=None, *args):
-        seen.append((grad, x, weight, bias, args))
-        return rules.conv(grad, x, weight, bias, *args)
+    def watched(grad, x, *args, **kwargs):
+        seen.append((grad, x, args, kwargs))
+        return reference.conv(grad, x, *args, **kwargs)
 
     model.forward = lambda x: model.head(model.act(model.conv2(model.act(model.norm1(model.conv1(x))))).mean((2, 3)))
-    tsgb.explain(model, x, 2, rules={**rules.PIXELS, functional.conv2d: watched})
-    (grad2, x2, *upper), (grad1, x1, weight1, bias1, args1) = seen
-    field = rules.conv(grad2, x2, *upper[:2], *upper[2])[:, :1] * x2[:, :1].sign()
+    found = tsgb.explain(model, x, 2, rules={**rules.PIXELS, functional.conv2d: watched})
+    assert relative(found.maps, tsgb.explain(model, x, 2, rules=rules.PIXELS).maps) < 1e-9
+    (grad2, x2, *upper), (grad1, x1, *lower) = seen
+    field = reference.conv(grad2, x2, *upper[0], **upper[1])[:, :1] * x2[:, :1].sign()
     where = x2[:, :1] != 0  # the field can be read off where a feature is on
-    c = (grad1 * functional.conv2d(x1, weight1, bias1, *args1)).sum(1, keepdim=True)
+    c = (grad1 * functional.conv2d(x1, *lower[0], **lower[1])).sum(1, keepdim=True)
     expected = field * x2.abs().sum(1, keepdim=True)
     assert torch.allclose(c[where], expected[where], rtol=1e-6, atol=1e-12)
     assert where.double().mean() > 0.2
 
 
 @pytest.mark.parametrize("fill", [0.0, -1.0, 1e-20, 1e4])
-@pytest.mark.parametrize("table", [rules.DEFAULT, rules.PIXELS, rules.PAPER], ids=["DEFAULT", "PIXELS", "PAPER"])
+@pytest.mark.parametrize("table", [rules.FUSED, rules.PIXELS, rules.PAPER], ids=["FUSED", "PIXELS", "PAPER"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_5_flat_images_stay_finite(fill, table, dtype):
     model = Chain().to(dtype)
@@ -267,9 +262,34 @@ def test_5_flat_images_stay_finite(fill, table, dtype):
 
 
 def test_6_float32_is_near_float64():
-    model, x = networks.bundled(), networks.inputs(scenes.render(3, count=2).picture[None])
+    model, x = networks.bundled(), networks.inputs(scenes.render(3, count=2).image[None])
     single = tsgb.explain(model, x, "top2").maps
     assert relative(single, tsgb.explain(model.double(), x.double(), "top2").maps) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("table", ["FUSED", "PIXELS"])
+def test_6_on_trained_networks(name, table, shared):
+    model, x = real(name, shared, slice(2))
+    targets = [[3, 281], [281, 7]]
+    single = tsgb.explain(model, x, targets, rules=getattr(rules, table)).maps
+    alone = tsgb.explain(model, x, [281, 7], rules=getattr(rules, table)).maps[:, 0]
+    assert relative(alone, torch.stack([single[0, 1], single[1, 1]])) < 1e-4
+    double = tsgb.explain(model.double(), x.double(), targets, rules=getattr(rules, table)).maps
+    assert relative(single, double) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", REAL)
+def test_trained_networks_in_half_precision(name, dtype, shared):
+    model, x = real(name, shared, slice(None, None, 80))
+    single = tsgb.explain(model, x)
+    with torch.autocast("cpu", dtype=dtype):
+        half = tsgb.explain(model, x, single.targets)
+    for ours, theirs in zip(half.maps.flatten(1), single.maps.flatten(1), strict=True):
+        assert float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) > 0.999
 
 
 def test_selective_for_each_of_two_objects():
@@ -277,7 +297,7 @@ def test_selective_for_each_of_two_objects():
     model, shares = networks.bundled(), []
     for seed in range(20):
         scene = scenes.render(50_000 + seed, count=2)
-        maps = tsgb.explain(model, networks.inputs(scene.picture[None]), [list(scene.classes)]).maps[0].clamp(min=0)
+        maps = tsgb.explain(model, networks.inputs(scene.image[None]), [list(scene.classes)]).maps[0].clamp(min=0)
         for k in (0, 1):
             own, other = (float(maps[k][torch.from_numpy(scene.masks[m])].sum()) for m in (k, 1 - k))
             shares.append(own / (own + other))

@@ -16,7 +16,7 @@ from tsgb import methods
 from tsgb.methods import METHODS, attribute, registry
 
 ORDER = (
-    "tsgb",
+    "tsgb-fused",
     "tsgb-pixels",
     "tsgb-paper",
     "gradcam",
@@ -155,7 +155,7 @@ def test_the_model_and_the_random_state_are_the_same_afterwards(name):
 
 
 _LOOKING = [name for name in ORDER if name not in ("center", "random")]  # at the model
-_ONCE = ("tsgb", "tsgb-pixels", "tsgb-paper", "guided", "deconvnet", "gradient", "inputxgradient")
+_ONCE = ("tsgb-fused", "tsgb-pixels", "tsgb-paper", "guided", "deconvnet", "gradient", "inputxgradient")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_what_zennit_has_no_rule_for_is_refused():
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=r"name must be one of tsgb, tsgb-pixels, tsgb-paper, gradcam.*got 'grad-cam'"):
+    with pytest.raises(ValueError, match=r"name must be one of tsgb-fused, .*gradcam.*got 'grad-cam'"):
         attribute("grad-cam", small(), images(), TARGETS)
 
 
@@ -311,17 +311,22 @@ def test_a_method_that_overflows_is_named(monkeypatch):
     def overflow(*_):
         raise FloatingPointError("the map is not finite")
 
-    monkeypatch.setitem(METHODS, "tsgb", registry.Method("TSGB", "", overflow))
-    with pytest.raises(ArithmeticError, match="tsgb: the map is not finite"):
-        attribute("tsgb", small(), images(), TARGETS)
-    monkeypatch.setitem(METHODS, "tsgb", registry.Method("TSGB", "", lambda *_: torch.zeros(2, 2, 8, 8)))
+    monkeypatch.setitem(METHODS, "tsgb-fused", registry.Method("TSGB", "", overflow))
+    with pytest.raises(ArithmeticError, match="tsgb-fused: the map is not finite"):
+        attribute("tsgb-fused", small(), images(), TARGETS)
+    monkeypatch.setitem(METHODS, "tsgb-fused", registry.Method("TSGB", "", lambda *_: torch.zeros(2, 2, 8, 8)))
     with pytest.raises(RuntimeError, match=r"must have shape \(2, 2, 24, 24\), got \(2, 2, 8, 8\)"):
-        attribute("tsgb", small(), images(), TARGETS)
+        attribute("tsgb-fused", small(), images(), TARGETS)
+
+
+def test_the_default_method_has_a_short_name():
+    model, x = small(), images()
+    assert torch.equal(attribute("tsgb", model, x, TARGETS), attribute("tsgb-fused", model, x, TARGETS))
 
 
 def test_the_door_is_exported():
     assert methods.attribute is attribute
-    assert copy.copy(METHODS["tsgb"]) == METHODS["tsgb"]
+    assert copy.copy(METHODS["tsgb-fused"]) == METHODS["tsgb-fused"]
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import plain_classic
+import reference
+import reference_metrics
 from tsgb.methods import attribute
 from tsgb.methods import maps as shared_maps
 from tsgb.methods.activations import prepared
@@ -58,14 +59,16 @@ def close(ours, expected, tolerance=1e-5):
 @pytest.mark.parametrize("sigma", [0.3, 0.9, 2.0])
 def test_blur_is_its_twin(sigma):
     map = torch.rand(7, 5, dtype=torch.float64)
-    assert torch.allclose(shared_maps.gaussian_blur(map, sigma), plain_classic.blur(map, sigma), rtol=1e-10)
+    assert torch.allclose(shared_maps.gaussian_blur(map, sigma), reference_metrics.blur(map, sigma), rtol=1e-10)
     stack = torch.stack([map, 2 * map])
     assert torch.allclose(shared_maps.gaussian_blur(stack, sigma)[1], 2 * shared_maps.gaussian_blur(map, sigma))
 
 
 def test_enlarging_is_its_twin():
     map = torch.rand(3, 4, dtype=torch.float64)
-    assert torch.allclose(shared_maps.upsampled(map[None], (7, 8))[0], plain_classic.bilinear(map, 7, 8), rtol=1e-12)
+    assert torch.allclose(
+        shared_maps.upsampled(map[None], (7, 8))[0], reference_metrics.bilinear(map, 7, 8), rtol=1e-12
+    )
 
 
 def gradients(model, image, k=1):
@@ -79,7 +82,7 @@ def test_gradient_and_image_times_gradient(image):
     strongest = torch.tensor(
         [[max(abs(float(grad[c, y, x])) for c in range(3)) for x in range(12)] for y in range(12)], dtype=torch.float64
     )
-    assert close(of("gradient", model, image), plain_classic.blur(strongest, 0.02 * 12))
+    assert close(of("gradient", model, image), reference_metrics.blur(strongest, 0.02 * 12))
     assert close(of("inputxgradient", model, image), (grad * image[0]).sum(0))
 
 
@@ -115,8 +118,8 @@ def test_gradcam_and_layercam_are_their_twins(image):
                 mean = sum(float(grad[c, i, j]) for i in range(3) for j in range(3)) / 9
                 with_gradcam[y, x] += mean * float(features[c, y, x])
                 with_layercam[y, x] += max(float(grad[c, y, x]), 0.0) * float(features[c, y, x])
-    assert close(of("gradcam", model, image), plain_classic.bilinear(with_gradcam.clamp(min=0), 12, 12))
-    assert close(of("layercam", model, image), plain_classic.bilinear(with_layercam.clamp(min=0), 12, 12))
+    assert close(of("gradcam", model, image), reference_metrics.bilinear(with_gradcam.clamp(min=0), 12, 12))
+    assert close(of("layercam", model, image), reference_metrics.bilinear(with_layercam.clamp(min=0), 12, 12))
 
 
 def test_guided_gradcam_is_their_product(image):
@@ -125,7 +128,7 @@ def test_guided_gradcam_is_their_product(image):
     model = Net()
     guided = GuidedBackprop(model).attribute(image.clone().requires_grad_(), 1)[0].abs().amax(0)
     assert close(of("guided-gradcam", model, image), guided.detach() * of("gradcam", model, image))
-    assert close(of("guided", model, image), plain_classic.blur(guided.detach(), 0.02 * 12))
+    assert close(of("guided", model, image), reference_metrics.blur(guided.detach(), 0.02 * 12))
 
 
 # ---- excitation backprop
@@ -138,18 +141,20 @@ def excited(model, image, k, sign):
     pooled = high.mean((2, 3))[0]
     seed = torch.zeros(3, dtype=torch.float64)
     seed[k] = 1
-    on_pooled = plain_classic.excitation_vector(seed, pooled, sign * model.head.weight.detach())
+    on_pooled = reference.excitation_of_vector(seed, pooled, sign * model.head.weight.detach())
     share = torch.where(pooled == 0, 0, on_pooled / torch.where(pooled == 0, 1, pooled) / 9)
-    return plain_classic.excitation(share[None, :, None, None] * high, low, model.conv2.weight.detach(), 2, 1).sum(1)[0]
+    return reference.excitation_by_loops(share[None, :, None, None] * high, low, model.conv2.weight.detach(), 2, 1).sum(
+        1
+    )[0]
 
 
 def test_excitation_backprop_is_its_twin(image):
     model = Net()
     winner, dual = excited(model, image, 1, 1), excited(model, image, 1, -1)
     assert float(winner.sum()) == pytest.approx(1)
-    assert close(of("ebp", model, image), plain_classic.bilinear(winner, 12, 12))
+    assert close(of("ebp", model, image), reference_metrics.bilinear(winner, 12, 12))
     assert (winner < dual).any()
-    assert close(of("cebp", model, image), plain_classic.bilinear(winner - dual, 12, 12).clamp(min=0))
+    assert close(of("cebp", model, image), reference_metrics.bilinear(winner - dual, 12, 12).clamp(min=0))
 
 
 # ---- DeepLift, LRP
@@ -213,9 +218,9 @@ def lrp_written_out(model, image, k):
     logit = float(weight @ pooled)
     on_pooled = weight * pooled / (logit + math.copysign(1e-6, logit))
     share = on_pooled / (9 * pooled + 1e-30)
-    relevance = plain_classic.excitation(share[None, :, None, None] * high, low, model.conv2.weight.detach(), 2, 1)
+    relevance = reference.excitation_by_loops(share[None, :, None, None] * high, low, model.conv2.weight.detach(), 2, 1)
     ones = torch.ones_like(image)
-    return plain_classic.excitation(relevance, ones, torch.ones_like(model.conv1.weight), 2, 1).sum(1)[0]
+    return reference.excitation_by_loops(relevance, ones, torch.ones_like(model.conv1.weight), 2, 1).sum(1)[0]
 
 
 class CalledNet(Net):
@@ -376,7 +381,7 @@ class Less(nn.Module):
         return x.sub_(0.5) if self.writes else x - 0.5
 
 
-@pytest.mark.parametrize("name", ["occlusion", "rise", "ebp", "guided", "tsgb", "lrp"])
+@pytest.mark.parametrize("name", ["occlusion", "rise", "ebp", "guided", "tsgb-fused", "lrp"])
 def test_an_image_that_the_network_writes_to(name):
     written = nn.Sequential(Less(True), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3)).eval()
     apart = nn.Sequential(Less(False), *written[1:])
@@ -414,7 +419,7 @@ def test_rise_is_its_twin(image):
     right = torch.randint(0, 2, (count,), generator=generator)
     expected = torch.zeros(3, 12, 9, dtype=torch.float64)
     for i in range(count):
-        mask = plain_classic.bilinear(grids[i, 0].double(), 16, 16)[down[i] : down[i] + 12, right[i] : right[i] + 9]
+        mask = reference_metrics.bilinear(grids[i, 0].double(), 16, 16)[down[i] : down[i] + 12, right[i] : right[i] + 9]
         odds = [math.exp(float(logit)) for logit in model(image * mask)[0].detach()]
         for k in range(3):
             expected[k] += odds[k] / sum(odds) * mask / (count * 0.5)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import plain_metrics as plain
+import reference_metrics as plain
 from tsgb.metrics import boxes
 
 # Of the maximum 10: the middle 1.0, its ring 0.5, the corner piece 0.3 (behind a gap of nothing).

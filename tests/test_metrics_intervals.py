@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import plain_metrics_more as plain
+import reference_metrics as plain
 from tsgb.metrics import intervals
 from tsgb.metrics.intervals import class_mean_interval, mean_interval, mean_over_classes, median_interval
 

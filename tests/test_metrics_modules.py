@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import plain_metrics_more as plain
-from tsgb.metrics import boxes, order, perturbation, shares, similarity
+import reference_metrics as plain
+from tsgb.metrics import boxes, energy, perturbation, ranking, similarity
 
 pytest.importorskip("tsgb.metrics.modules", reason="needs torchmetrics")
 
@@ -96,9 +96,9 @@ def means(name):
     for n in range(CASES):
         one = [part(values, slice(n, n + 1)) for values in given]
         if name == "AveragePrecision":
-            rows += [v for v in order.average_precision(*one, seed=2).tolist() if not math.isnan(v)]
+            rows += [v for v in ranking.average_precision(*one, seed=2).tolist() if not math.isnan(v)]
         elif name in ("Energy", "GridShare"):
-            rows += (shares.energy if name == "Energy" else shares.grid)(*one).tolist()
+            rows += (energy.energy if name == "Energy" else energy.grid)(*one).tolist()
         elif name == "BoxAccuracy":
             rows.append(boxes.box_accuracy(one[0][0], one[1][0], 0.4))
         elif name in ("Deletion", "Insertion"):
@@ -140,7 +140,7 @@ def test_pointing_over_cases_and_classes_worked_by_hand():
 
 def test_pointing_is_its_twin():
     _, given = arguments("Pointing")
-    hits = order.pointing(*given[:2], tolerance=1.5).tolist()
+    hits = ranking.pointing(*given[:2], tolerance=1.5).tolist()
     pairs = list(zip(hits, given[2], strict=True))
     found = numbers(metric_of("Pointing", slice(0, 4), slice(4, CASES)).compute())
     assert found["mean"] == pytest.approx(sum(hits) / CASES, abs=1e-12)

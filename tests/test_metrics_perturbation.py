@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import plain_metrics_more as plain
+import reference_metrics as plain
 from tsgb.metrics.perturbation import area, deletion_scores, insertion_scores
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-import plain_metrics_more as plain
+import reference_metrics as plain
 from tsgb.metrics.similarity import correlation, spearman, ssim
 
 FUNCTIONS = (correlation, spearman, ssim)

@@ -22,31 +22,31 @@ def wide(width=64, height=32):
 
 
 @pytest.mark.parametrize("draw", ["overlay", "boxes", "mask"])
-def test_a_picture_of_another_shape_without_its_preprocessing_is_told(draw, x):
+def test_an_image_of_another_shape_without_its_preprocessing_is_told(draw, x):
     e = tsgb.explain(Net(), x, 1)
     size = tuple(x.shape[2:])
-    options = {"picture": wide()} if draw == "overlay" else {"pictures": [wide()] * len(x)}
+    options = {"image": wide()} if draw == "overlay" else {"images": [wide()] * len(x)}
     with pytest.warns(UserWarning, match=r"64 x 32 pixels is taken as squashed .* preprocessing="):
         getattr(e, draw)(**options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         getattr(e, draw)(**options, preprocessing=Preprocessing(size=size))
         square = wide(32, 32)
-        getattr(e, draw)(**({"picture": square} if draw == "overlay" else {"pictures": [square] * len(x)}))
+        getattr(e, draw)(**({"image": square} if draw == "overlay" else {"images": [square] * len(x)}))
 
 
-def test_what_is_no_picture_or_no_index_is_named(x):
+def test_what_is_no_image_or_no_index_is_named(x):
     e = tsgb.explain(Net(), x, 1)
     with pytest.raises(TypeError, match="a Pillow image or a file, got ndarray"):
         e.overlay(np.zeros((4, 4, 3), dtype=np.uint8))
     with pytest.raises(TypeError, match=r"must be a Pillow image, .* got str"):
-        Preprocessing(size=(4, 4)).tensor("picture.png")
+        Preprocessing(size=(4, 4)).tensor("image.png")
     with pytest.raises(TypeError, match="target counts those asked for, 0 for the first, got 'heart'"):
         e.overlay(target="heart")
 
 
-def test_one_picture_without_its_batch_is_told(x):
-    with pytest.raises(ValueError, match=r"one picture \(C, H, W\) is given as images\[None\]"):
+def test_one_image_without_its_batch_is_told(x):
+    with pytest.raises(ValueError, match=r"one image \(C, H, W\) is given as images\[None\]"):
         tsgb.explain(Net(), x[0], 1)
 
 
@@ -63,32 +63,3 @@ def test_what_else_the_model_takes_is_asked_for(x):
 def test_several_functions_are_refused(x):
     with pytest.raises(tsgb.TargetError, match=r"one function of the output: explain several .* one after the other"):
         tsgb.explain(Net(), x, [lambda y: y[:, 0], lambda y: y[:, 1]])
-
-
-class Own(torch.autograd.Function):
-    """A ReLU that no torch function tells of."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * (ctx.saved_tensors[0] > 0)
-
-
-def test_a_function_of_the_models_own_is_named_as_out_of_reach(x):
-    class Activated(Net):
-        def forward(self, x):
-            return super().forward(Own.apply(x))
-
-    with pytest.raises(tsgb.CoverageError, match=r"no rule for OwnBackward; .* in an autograd.Function, which no rule"):
-        tsgb.explain(Activated(), x, 1, strict=True)
-    with pytest.raises(TypeError, match="rules are by torch function"):
-        tsgb.explain(Activated(), x, 1, rules={**tsgb.rules.DEFAULT, Own.apply: tsgb.rules.ORDINARY})
-
-
-def test_a_rule_that_is_none_is_refused(x):
-    with pytest.raises(TypeError, match=r"the rule of relu must be callable, or tsgb.rules.ORDINARY, got 3"):
-        tsgb.explain(Net(), x, 1, rules={**tsgb.rules.DEFAULT, torch.nn.functional.relu: 3})

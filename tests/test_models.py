@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from loading import printed, refused, same, saved, written
+from helpers import printed, refused, same, saved, written
 from tsgb import models, vision
 from tsgb.models import load, sha256
 from tsgb.preprocessing import IMAGENET_MEAN, IMAGENET_STD

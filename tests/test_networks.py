@@ -31,21 +31,21 @@ def record_of(name):
     return json.loads((resources.files("tsgb") / "weights" / f"{name}.json").read_text())
 
 
-def share_right(network, pictures, classes):
+def share_right(network, images, classes):
     with torch.no_grad():
-        best = network(networks.inputs(np.stack(pictures))).topk(len(classes[0])).indices.tolist()
+        best = network(networks.inputs(np.stack(images))).topk(len(classes[0])).indices.tolist()
     return np.mean([set(found) == set(present) for found, present in zip(best, classes, strict=True)])
 
 
 @pytest.mark.parametrize(("count", "least"), [(1, 0.97), (2, 0.95)])
 def test_accuracy_on_fresh_scenes(name, fresh, count, least):
     found = fresh[count]
-    assert share_right(MAKERS[name](), [s.picture for s in found], [s.classes for s in found]) >= least
+    assert share_right(MAKERS[name](), [s.image for s in found], [s.classes for s in found]) >= least
 
 
 def test_accuracy_on_large_scenes_squashed(name):
     found = [scenes.render(seed, count=1, size=384) for seed in range(FRESH, FRESH + 100)]
-    small = [np.asarray(Image.fromarray(s.picture).resize((128, 128), Image.Resampling.BILINEAR)) for s in found]
+    small = [np.asarray(Image.fromarray(s.image).resize((128, 128), Image.Resampling.BILINEAR)) for s in found]
     assert share_right(MAKERS[name](), small, [s.classes for s in found]) >= 0.97
 
 
@@ -93,9 +93,9 @@ def test_bundled_vgg_is_a_plain_chain_with_three_linear_layers():
 
 
 def test_inputs_scale_each_channel():
-    picture = np.zeros((1, 128, 128, 3), dtype=np.uint8)
-    picture[0, 3, 5] = (0, 51, 255)
-    x = networks.inputs(picture)
+    image = np.zeros((1, 128, 128, 3), dtype=np.uint8)
+    image[0, 3, 5] = (0, 51, 255)
+    x = networks.inputs(image)
     assert x.shape == (1, 3, 128, 128)
     assert x.dtype == torch.float32
     assert torch.allclose(x[0, :, 3, 5], torch.tensor([-1.0, -0.6, 1.0]))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import fake_results
+import helpers
 from tsgb.bench import bars, page
 
 VOID = {"meta", "img", "br", "line", "circle"}
@@ -55,12 +55,12 @@ class Tree(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results():
-    return fake_results.results()
+    return helpers.results()
 
 
 @pytest.fixture(scope="module")
 def text(results):
-    return page.html(results, fake_results.gallery(images=3))
+    return page.html(results, helpers.gallery(images=3))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def grid(text):
 
 def small(value=1.0, low=0.0, high=2.0, **metric):
     known = {"title": "Metric", "text": "how", "unit": "", "better": "higher", "kind": "order"} | metric
-    methods = {"tsgb": {"title": "TSGB", "source": "?"}, "b": {"title": "B", "source": "?"}}
+    methods = {"tsgb-fused": {"title": "TSGB", "source": "?"}, "b": {"title": "B", "source": "?"}}
     row = {"method": "b", "metric": "x", "value": value, "low": low, "high": high, "n": 2}
     return {
         "protocol": {"model": "m", "data": "d", "images": 2, "seed": 0, "methods": methods, "metrics": {"x": known}},
@@ -134,8 +134,8 @@ def test_tables_are_named_and_their_heads_scoped(tree):
     assert len(tables) == len(boxes) == len(tree.all("caption"))
     assert all(box["tabindex"] == "0" and box["role"] == "region" and box["aria-label"] for box in boxes)
     assert all(head["scope"] in ("col", "row", "rowgroup") for head in tree.all("th"))
-    assert all(picture["alt"] and picture["loading"] == "lazy" for picture in tree.all("img"))
-    assert {(picture["width"], picture["height"]) for picture in tree.all("img")} == {("224", "224")}
+    assert all(image["alt"] and image["loading"] == "lazy" for image in tree.all("img"))
+    assert {(image["width"], image["height"]) for image in tree.all("img")} == {("224", "224")}
     assert all(drawing["aria-hidden"] == "true" for drawing in tree.all("svg"))
 
 
@@ -151,7 +151,7 @@ def test_every_figure_stands_in_its_cell(results, text):
             for row in results["rows"]:
                 if row["metric"] in names:
                     base, _, power = row["method"].partition("^")
-                    label = fake_results.METHODS[base] + (f" {power} control" if power else "")
+                    label = helpers.METHODS[base] + (f" {power} control" if power else "")
                     cell = by_method[label][names.index(row["metric"])]
                     shown += 1
                     if row["value"] is None:
@@ -216,7 +216,7 @@ def test_differences_that_leave_zero_out_are_marked(better, low, high, word):
     assert re.findall("better|worse|differs", cell) == ([word] if word else [])
     assert ("<strong>" in text) == (word is not None)
     assert ('class="open"' in text) == (word is None)
-    assert f"Of 1 intervals {int(word is not None)} leave zero out" in text
+    assert f"Of 1 intervals {int(word is not None)} exclude zero" in text
 
 
 def test_differences_are_drawn_around_zero():
@@ -237,7 +237,7 @@ def test_differences_have_their_own_number_of_cases():
 
 def test_costs_far_apart_have_a_logarithmic_axis():
     results = small(200.0, 150.0, 300.0, kind="cost", better="lower")
-    results["rows"].append({**results["rows"][0], "method": "tsgb", "value": 2.0, "low": 1.5, "high": 3.0})
+    results["rows"].append({**results["rows"][0], "method": "tsgb-fused", "value": 2.0, "low": 1.5, "high": 3.0})
     assert "1 log 1000" in [end for line in grid(bars.values(results, ["x"], "Cost")) for end in line]
     results["rows"][1] |= {"value": 150.0, "low": 140.0, "high": 160.0}
     assert "100 300" in [end for line in grid(bars.values(results, ["x"], "Cost")) for end in line]
@@ -282,14 +282,20 @@ def everywhere(text):
     name = f"-{text.replace('^', '')}"
     results = small() | {"problems": [text], "left_out": {name: text}}
     results["failures"] = [{"method": f"-{name}", "reason": text, "count": 1, "images": [text]}]
-    results["protocol"] |= {"model": text, "data": text, "weights": text, "weights_sha256": text, text: {text: [text]}}
+    results["protocol"] |= {
+        "model": text,
+        "data": text,
+        "weights": text,
+        "weights_sha256": text,
+        f"-{text}": {text: [text]},
+    }
     results["protocol"]["grids"] = {text: text}
     results["protocol"]["methods"]["b"] = {"title": text, "source": text}
     results["protocol"]["metrics"]["x"] |= dict.fromkeys(("title", "text", "unit", "better", "kind"), text)
-    results["rows"].append({**results["rows"][0], "method": "tsgb", "n": text})
-    cell = {"method": "b", "overlay": fake_results.jpeg(), "note": text}
-    picture = {"image": text, "target": text, "score": None, "picture": fake_results.jpeg(), "cells": [cell]}
-    return results, [picture]
+    results["rows"].append({**results["rows"][0], "method": "tsgb-fused", "n": text})
+    cell = {"method": "b", "overlay": helpers.jpeg(), "note": text}
+    image = {"image": text, "target": text, "score": None, "picture": helpers.jpeg(), "cells": [cell]}
+    return results, [image]
 
 
 def test_hostile_text_stays_text():
@@ -348,24 +354,24 @@ def test_the_protocol_is_there_in_full(results, text):
 
 
 def test_the_gallery_keeps_its_order_and_names_what_it_shows(tree, text):
-    alternatives = [picture["alt"] for picture in tree.all("img")]
+    alternatives = [image["alt"] for image in tree.all("img")]
     assert len(alternatives) == 3 * 18
-    assert alternatives[0] == "Picture: 200 bull mastiff in <img src=x onerror=alert(1)>.jpg"
+    assert alternatives[0] == "Image: 200 bull mastiff in <img src=x onerror=alert(1)>.jpg"
     assert alternatives[1] == "Map of TSGB for 200 bull mastiff in <img src=x onerror=alert(1)>.jpg"
-    assert [name for name in alternatives if name.startswith("Picture")][1:] == [
-        f"Picture: {200 + k} bull mastiff in ILSVRC2012_val_{k:08}.jpg" for k in (1, 2)
+    assert [name for name in alternatives if name.startswith("Image")][1:] == [
+        f"Image: {200 + k} bull mastiff in ILSVRC2012_val_{k:08}.jpg" for k in (1, 2)
     ]
     first = base64.b64decode(tree.all("img")[0]["src"].removeprefix("data:image/jpeg;base64,"))
-    assert first == fake_results.jpeg(0)
+    assert first == helpers.jpeg(0)
     assert "score 0.170" in part(text, "gallery")
 
 
-def test_a_method_missing_for_a_picture_leaves_its_column():
-    pictures = fake_results.gallery(images=2, methods=("tsgb", "gradcam"))
-    del pictures[0]["cells"][0]
-    pictures[1]["score"] = None
-    lines = grid(part(page.html(fake_results.results(), pictures), "gallery"))
-    assert lines[0] == ["Picture", "Grad-CAM", "TSGB"]
+def test_a_method_missing_for_an_image_leaves_its_column():
+    images = helpers.gallery(images=2, methods=("tsgb", "gradcam"))
+    del images[0]["cells"][0]
+    images[1]["score"] = None
+    lines = grid(part(page.html(helpers.results(), images), "gallery"))
+    assert lines[0] == ["Image", "Grad-CAM", "TSGB"]
     assert lines[1][2] == "–"
     assert lines[2][0].endswith("score –")
 
@@ -377,16 +383,16 @@ def test_no_gallery_and_no_differences_no_sections():
     assert "<p>None.</p>" in part(text, "failures")
 
 
-def test_pictures_must_be_jpeg():
-    pictures = copy.deepcopy(fake_results.gallery(images=1, methods=("tsgb",)))
-    pictures[0]["cells"][0]["overlay"] = b"<svg onload=alert(1)>"
+def test_images_must_be_jpeg():
+    images = copy.deepcopy(helpers.gallery(images=1, methods=("tsgb-fused",)))
+    images[0]["cells"][0]["overlay"] = b"<svg onload=alert(1)>"
     with pytest.raises(ValueError, match=r"a JPEG file's bytes were expected, got b'<svg onl' ... \(Map of TSGB"):
-        page.html(small(), pictures)
+        page.html(small(), images)
     file = io.BytesIO()
     Image.new("RGB", (2, 2)).save(file, "PNG")
-    pictures[0]["picture"] = file.getvalue()
+    images[0]["picture"] = file.getvalue()
     with pytest.raises(ValueError, match=r"got b'.x89PNG"):
-        page.html(small(), pictures)
+        page.html(small(), images)
 
 
 def test_incomplete_results_are_refused():

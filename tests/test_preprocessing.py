@@ -47,29 +47,29 @@ def smooth(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("picture_size", SIZES)
+@pytest.mark.parametrize("image_size", SIZES)
 @pytest.mark.parametrize(("short_side", "crop"), [(256, 224), (232, 224), (64, 64), (40, 57), (31, 64)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_crop_is_torchvisions_preset(picture_size, short_side, crop, interpolation):
+def test_crop_is_torchvisions_preset(image_size, short_side, crop, interpolation):
     mode = torchvision().InterpolationMode(interpolation)
     preset = torchvision()._presets.ImageClassification(crop_size=crop, resize_size=short_side, interpolation=mode)
     ours = Preprocessing((crop, crop), resize="crop", short_side=short_side, interpolation=interpolation)
-    for picture in (noise(*picture_size), smooth(*picture_size)):
-        got, expected = ours.tensor(picture), preset(picture)
+    for image in (noise(*image_size), smooth(*image_size)):
+        got, expected = ours.tensor(image), preset(image)
         assert got.shape == expected.shape
         assert got.dtype == expected.dtype
         assert got.is_contiguous()
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("picture_size", SIZES)
+@pytest.mark.parametrize("image_size", SIZES)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_squash_is_torchvisions_resize(picture_size, interpolation):
+def test_squash_is_torchvisions_resize(image_size, interpolation):
     t = torchvision()
     mode = t.InterpolationMode(interpolation)
     chain = t.Compose([t.Resize((48, 80), mode), t.ToTensor(), t.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 1 / 255))])
     ours = Preprocessing((48, 80), (0.5, 0.4, 0.3), (0.2, 0.3, 1 / 255), interpolation=interpolation)
-    assert torch.equal(ours.tensor(noise(*picture_size)), chain(noise(*picture_size)))
+    assert torch.equal(ours.tensor(noise(*image_size)), chain(noise(*image_size)))
 
 
 def triangle(length: int, n: int) -> np.ndarray:
@@ -85,14 +85,14 @@ def triangle(length: int, n: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (9, 70), (20, 10), (5, 4)])
 def test_squash_is_the_literal_formula(width, height):
-    picture = noise(width, height)
-    expected = np.einsum("ih,jw,hwc->cij", triangle(height, 10), triangle(width, 20), np.asarray(picture) / 255.0)
+    image = noise(width, height)
+    expected = np.einsum("ih,jw,hwc->cij", triangle(height, 10), triangle(width, 20), np.asarray(image) / 255.0)
     expected = (expected - np.reshape(IMAGENET_MEAN, (3, 1, 1))) / np.reshape(IMAGENET_STD, (3, 1, 1))
-    error = (Preprocessing((10, 20)).tensor(picture).numpy() - expected) * np.reshape(IMAGENET_STD, (3, 1, 1))
+    error = (Preprocessing((10, 20)).tensor(image).numpy() - expected) * np.reshape(IMAGENET_STD, (3, 1, 1))
     assert abs(error).max() < 1.1 / 255  # rounded once in either direction
 
 
-def test_a_crop_larger_than_the_picture_is_filled_up_with_black():
+def test_a_crop_larger_than_the_image_is_filled_up_with_black():
     white = Image.new("RGB", (20, 10), "white")
     colours = Preprocessing((16, 17), **PLAIN, resize="crop", short_side=9).tensor(white)
     assert colours[0].sum(0).tolist() == [9] * 17
@@ -104,7 +104,7 @@ def test_a_crop_larger_than_the_picture_is_filled_up_with_black():
 def test_a_needle_does_not_fill_the_memory():
     preprocessing = Preprocessing((224, 224), **PLAIN, resize="crop", short_side=256)
     for needle, name in ((noise(30_001, 1), "30001 x 1"), (noise(1, 30_001), "1 x 30001")):
-        with pytest.raises(ValueError, match=f"picture of {name} pixels is too long and thin: with short_side=256 "):
+        with pytest.raises(ValueError, match=f"image of {name} pixels is too long and thin: with short_side=256 "):
             preprocessing.tensor(needle)
         assert Preprocessing((224, 224)).tensor(needle).shape == (3, 224, 224)
         restored = preprocessing.restore(np.ones((224, 224)), needle.size)
@@ -118,13 +118,13 @@ def test_a_window_between_two_pixel_centres_shows_no_pixel():
     assert np.isnan(restored).all()
 
 
-def literal_restore(preprocessing: Preprocessing, values: np.ndarray, picture_size: tuple[int, int]) -> np.ndarray:
-    """The map, constant beyond its outermost pixel centres, averaged with a triangle around each picture pixel."""
+def literal_restore(preprocessing: Preprocessing, values: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """The map, constant beyond its outermost pixel centres, averaged with a triangle around each image pixel."""
     height, width = values.shape
-    result = np.full(picture_size[::-1], np.nan)
-    for y in range(picture_size[1]):
-        for x in range(picture_size[0]):
-            x0, y0, x1, y1 = preprocessing.to_network((x, y, x + 1, y + 1), picture_size)
+    result = np.full(image_size[::-1], np.nan)
+    for y in range(image_size[1]):
+        for x in range(image_size[0]):
+            x0, y0, x1, y1 = preprocessing.to_network((x, y, x + 1, y + 1), image_size)
             u, v, reach_x, reach_y = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, 1), max(y1 - y0, 1)
             if not (0 <= u <= width and 0 <= v <= height):
                 continue
@@ -138,7 +138,7 @@ def literal_restore(preprocessing: Preprocessing, values: np.ndarray, picture_si
     return result
 
 
-@pytest.mark.parametrize("picture_size", [(40, 30), (7, 5), (12, 8), (3, 61), (1, 1), (9, 2)])
+@pytest.mark.parametrize("image_size", [(40, 30), (7, 5), (12, 8), (3, 61), (1, 1), (9, 2)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -148,29 +148,29 @@ def literal_restore(preprocessing: Preprocessing, values: np.ndarray, picture_si
         {"resize": "crop", "short_side": 5},
     ],
 )
-def test_restore_is_the_literal_formula(picture_size, options):
+def test_restore_is_the_literal_formula(image_size, options):
     values = np.random.default_rng(1).normal(size=(9, 12)).astype(np.float32)
     preprocessing = Preprocessing((9, 12), **options)
-    got = preprocessing.restore(values, picture_size)
+    got = preprocessing.restore(values, image_size)
     assert got.dtype == np.float32
-    assert got.shape == picture_size[::-1]
-    np.testing.assert_allclose(got, literal_restore(preprocessing, values, picture_size), rtol=1e-4, atol=2e-5)
+    assert got.shape == image_size[::-1]
+    np.testing.assert_allclose(got, literal_restore(preprocessing, values, image_size), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"resize": "crop"}, {"resize": "crop", "short_side": 72}])
-@pytest.mark.parametrize("picture_size", [(160, 90), (90, 160), (64, 64), (50, 40)])
-def test_a_mark_is_found_where_it_was(options, picture_size):
+@pytest.mark.parametrize("image_size", [(160, 90), (90, 160), (64, 64), (50, 40)])
+def test_a_mark_is_found_where_it_was(options, image_size):
     preprocessing = Preprocessing((64, 64), **PLAIN, **options)
-    x, y = picture_size[0] // 2 - 6, picture_size[1] // 2 + 5
-    pixels = np.zeros((*picture_size[::-1], 3), np.uint8)
+    x, y = image_size[0] // 2 - 6, image_size[1] // 2 + 5
+    pixels = np.zeros((*image_size[::-1], 3), np.uint8)
     pixels[y : y + 8, x : x + 8] = 255
     seen = preprocessing.tensor(Image.fromarray(pixels))[0].numpy()
-    box = preprocessing.to_network((x, y, x + 8, y + 8), picture_size)
+    box = preprocessing.to_network((x, y, x + 8, y + 8), image_size)
     rows, columns = np.mgrid[:64, :64] + 0.5
     centre = [(seen * columns).sum() / seen.sum(), (seen * rows).sum() / seen.sum()]
     np.testing.assert_allclose(centre, [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2], atol=0.05)
-    back = preprocessing.restore(seen, picture_size)
-    rows, columns = np.mgrid[: picture_size[1], : picture_size[0]] + 0.5
+    back = preprocessing.restore(seen, image_size)
+    rows, columns = np.mgrid[: image_size[1], : image_size[0]] + 0.5
     centre = [np.nansum(back * columns) / np.nansum(back), np.nansum(back * rows) / np.nansum(back)]
     np.testing.assert_allclose(centre, [x + 4, y + 4], atol=0.1)
 
@@ -186,19 +186,19 @@ LENGTHS = st.integers(1, 3000)
 
 
 @given(
-    picture_size=st.tuples(LENGTHS, LENGTHS),
+    image_size=st.tuples(LENGTHS, LENGTHS),
     size=st.tuples(st.integers(1, 600), st.integers(1, 600)),
     short_side=st.none() | st.integers(1, 600),
     resize=st.sampled_from(["squash", "crop"]),
     box=st.lists(st.floats(-50, 3000), min_size=4, max_size=4),
 )
-def test_boxes_there_and_back(picture_size, size, short_side, resize, box):
+def test_boxes_there_and_back(image_size, size, short_side, resize, box):
     preprocessing = Preprocessing(size, resize=resize, short_side=short_side if resize == "crop" else None)
-    there = preprocessing.to_network([[box, box]], picture_size)
+    there = preprocessing.to_network([[box, box]], image_size)
     assert there.shape == (1, 2, 4)
-    np.testing.assert_allclose(preprocessing.to_picture(there, picture_size)[0, 1], box, rtol=1e-9, atol=1e-6)
-    # The window reaches beyond the picture by less than a pixel more on one side than on the other.
-    left, top, right, bottom = preprocessing.to_network((0, 0, *picture_size), picture_size)
+    np.testing.assert_allclose(preprocessing.to_image(there, image_size)[0, 1], box, rtol=1e-9, atol=1e-6)
+    # The window reaches beyond the image by less than a pixel more on one side than on the other.
+    left, top, right, bottom = preprocessing.to_network((0, 0, *image_size), image_size)
     assert abs(left - (size[1] - right)) <= 1 + 1e-9
     assert abs(top - (size[0] - bottom)) <= 1 + 1e-9
 
@@ -250,24 +250,24 @@ def test_wrong_arguments_are_named(arguments, message):
         Preprocessing(**{"size": (4, 4), **arguments})
 
 
-def test_wrong_pictures_maps_and_boxes_are_named():
+def test_wrong_images_maps_and_boxes_are_named():
     preprocessing = Preprocessing((4, 6))
-    with pytest.raises(ValueError, match="picture must be of mode RGB, got L"):
+    with pytest.raises(ValueError, match="image must be of mode RGB, got L"):
         preprocessing.tensor(Image.new("L", (9, 9)))
     with pytest.raises(ValueError, match=r"map must be of shape \(4, 6\), got \(6, 4\)"):
         preprocessing.restore(np.zeros((6, 4)), (9, 9))
-    for call in (preprocessing.to_picture, preprocessing.to_network):
+    for call in (preprocessing.to_image, preprocessing.to_network):
         with pytest.raises(ValueError, match=r"boxes must be of shape \(\.\.\., 4\), got \(3,\)"):
             call((1, 2, 3), (9, 9))
         with pytest.raises(
-            ValueError, match=r"picture_size must be two integers of at least 1, \(width, height\), got \(0, 9\)"
+            ValueError, match=r"image_size must be two integers of at least 1, \(width, height\), got \(0, 9\)"
         ):
             call((1, 2, 3, 4), (0, 9))
 
 
-def test_the_picture_is_left_as_it_was():
-    picture = noise(9, 9)
-    before = np.array(picture)
-    tensor = Preprocessing((9, 9)).tensor(picture)
+def test_the_image_is_left_as_it_was():
+    image = noise(9, 9)
+    before = np.array(image)
+    tensor = Preprocessing((9, 9)).tensor(image)
     tensor.zero_()
-    assert (np.asarray(picture) == before).all()
+    assert (np.asarray(image) == before).all()

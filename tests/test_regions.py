@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-import plain_metrics as plain
+import reference_metrics as plain
 from tsgb import Explanation, regions, render
 from tsgb.preprocessing import Preprocessing
 
@@ -124,7 +124,7 @@ def explanation(*maps):
     return Explanation(values, targets, None, [], reasons, 1.0, images)
 
 
-def test_without_pictures_regions_are_in_the_networks_pixels():
+def test_without_images_regions_are_in_the_networks_pixels():
     found = explanation([MAP, -MAP], [MAP.T, 0 * MAP])
     boxes, masks = found.boxes("mean", "all"), found.mask()
     for n, row in enumerate(([MAP, -MAP], [MAP.T, 0 * MAP])):
@@ -137,29 +137,29 @@ def test_without_pictures_regions_are_in_the_networks_pixels():
     assert found.boxes()[1][1].shape == (0, 4)
 
 
-def test_squashed_regions_are_in_the_pictures_pixels(tmp_path):
-    # The 4 x 4 map over a picture of 8 x 12: a pixel of it is 2 wide and 3 high.
+def test_squashed_regions_are_in_the_images_pixels(tmp_path):
+    # The 4 x 4 map over an image of 8 x 12: a pixel of it is 2 wide and 3 high.
     found = explanation([MAP])
-    Image.new("RGB", (8, 12)).save(tmp_path / "picture.png")
-    for picture in ((8, 12), Image.new("L", (8, 12)), tmp_path / "picture.png", str(tmp_path / "picture.png")):
-        assert found.boxes(pictures=[picture])[0][0].tolist() == [[0, 0, 4, 9]]
-        (mask,) = found.mask(pictures=[picture])[0]
+    Image.new("RGB", (8, 12)).save(tmp_path / "image.png")
+    for image in ((8, 12), Image.new("L", (8, 12)), tmp_path / "image.png", str(tmp_path / "image.png")):
+        assert found.boxes(images=[image])[0][0].tolist() == [[0, 0, 4, 9]]
+        (mask,) = found.mask(images=[image])[0]
         assert np.array_equal(mask, np.repeat(np.repeat(regions.mask(MAP), 3, 0), 2, 1))
     way = Preprocessing(size=(4, 4))
-    assert found.boxes(pictures=[(8, 12)], preprocessing=way)[0][0].tolist() == [[0, 0, 4, 9]]
+    assert found.boxes(images=[(8, 12)], preprocessing=way)[0][0].tolist() == [[0, 0, 4, 9]]
 
 
-def test_every_picture_has_its_own_size():
-    boxes = explanation([MAP], [MAP]).boxes(pictures=[(4, 8), (40, 4)])
+def test_every_image_has_its_own_size():
+    boxes = explanation([MAP], [MAP]).boxes(images=[(4, 8), (40, 4)])
     assert [row[0].tolist() for row in boxes] == [[[0, 0, 2, 6]], [[0, 0, 20, 3]]]
 
 
 def test_a_turned_file_is_as_it_is_shown(tmp_path):
-    picture = Image.new("RGB", (8, 12))
-    exif = picture.getexif()
+    image = Image.new("RGB", (8, 12))
+    exif = image.getexif()
     exif[0x0112] = 6  # turned by a quarter: shown 12 wide and 8 high
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert explanation([MAP]).mask(pictures=[tmp_path / "turned.jpg"])[0][0].shape == (8, 12)
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert explanation([MAP]).mask(images=[tmp_path / "turned.jpg"])[0][0].shape == (8, 12)
 
 
 @pytest.mark.parametrize("size", [(16, 8), (9, 17), (5, 5), (31, 4), (640, 480)])
@@ -177,7 +177,7 @@ def test_cropped_regions_are_where_the_crop_was(size, short_side):
             u, v, _, _ = way.to_network((x + 0.5, y + 0.5, 0, 0), size)
             assert mask[y, x] == (seen[y, x] and inside[min(int(v), 3), min(int(u), 4)])
     (boxes,) = found.boxes(0.3, "all", [size], way)[0]
-    carried = way.to_picture(regions.boxes(map.astype(np.float32), 0.3, "all"), size)
+    carried = way.to_image(regions.boxes(map.astype(np.float32), 0.3, "all"), size)
     expected = [
         [max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])]
         for x0, y0, x1, y1 in carried
@@ -188,24 +188,24 @@ def test_cropped_regions_are_where_the_crop_was(size, short_side):
 
 def test_an_overlay_lies_where_the_crop_was(tmp_path):
     way = Preprocessing(size=(4, 4), resize="crop", short_side=4)
-    picture, found = Image.new("RGB", (12, 6), "white"), explanation([MAP, 2 * MAP])
-    drawn = found.overlay(picture, target=1, preprocessing=way)
-    assert np.array_equal(drawn, render.overlay(picture, way.restore(2 * MAP, picture.size)))
-    assert not np.array_equal(drawn, found.overlay(picture, target=1))
-    found.save(tmp_path, [picture], way)
-    found.overlay(picture, preprocessing=way).save(tmp_path / "expected.png")
+    image, found = Image.new("RGB", (12, 6), "white"), explanation([MAP, 2 * MAP])
+    drawn = found.overlay(image, target=1, preprocessing=way)
+    assert np.array_equal(drawn, render.overlay(image, way.restore(2 * MAP, image.size)))
+    assert not np.array_equal(drawn, found.overlay(image, target=1))
+    found.save(tmp_path, [image], way)
+    found.overlay(image, preprocessing=way).save(tmp_path / "expected.png")
     assert np.array_equal(Image.open(tmp_path / "0_0.png"), Image.open(tmp_path / "expected.png"))
-    with pytest.raises(ValueError, match="preprocessing leads back to pictures"):
+    with pytest.raises(ValueError, match="preprocessing needs the original images"):
         found.overlay(preprocessing=way)
     with pytest.raises(ValueError, match=r"of the maps' size \(4, 4\), got \(5, 4\)"):
-        found.overlay(picture, preprocessing=Preprocessing(size=(5, 4)))
-    for place in ({"target": 2}, {"image": 1}):
-        with pytest.raises(IndexError, match=r"image must be below 1 and target, which counts the classes asked for"):
-            found.overlay(picture, **place)
+        found.overlay(image, preprocessing=Preprocessing(size=(5, 4)))
+    for place in ({"target": 2}, {"index": 1}):
+        with pytest.raises(IndexError, match=r"index must be below 1 and target, which counts the classes asked for"):
+            found.overlay(image, **place)
 
 
-def test_a_box_beyond_the_picture_is_left_out_and_one_across_its_edge_ends_there():
-    # A picture of 4 x 2 in a window of 4 x 4 is filled up by one row above and one below.
+def test_a_box_beyond_the_image_is_left_out_and_one_across_its_edge_ends_there():
+    # An image of 4 x 2 in a window of 4 x 4 is filled up by one row above and one below.
     way = Preprocessing(size=(4, 4), resize="crop", short_side=2)
     map = np.array([[0, 0, 0, 7], [0, 0, 0, 0], [0, 5, 0, 0], [0, 5, 0, 0]], dtype=float)
     assert explanation([map]).boxes("mean", "all", [(4, 2)], way)[0][0].tolist() == [[1, 1, 2, 2]]
@@ -224,9 +224,9 @@ def test_no_images_have_no_regions():
     nothing = Explanation(torch.zeros(0, 2, 4, 4), torch.zeros(0, 2).long(), None, [], [], 1.0, torch.zeros(0, 3, 4, 4))
     way = Preprocessing(size=(4, 4))
     for method in (nothing.boxes, nothing.mask):
-        assert method() == method(pictures=[]) == method(pictures=[], preprocessing=way) == []
-        with pytest.raises(ValueError, match="pictures must be a list of one an image, 0, got 1"):
-            method(pictures=[(4, 4)])
+        assert method() == method(images=[]) == method(images=[], preprocessing=way) == []
+        with pytest.raises(ValueError, match="images must be a list of 0, one for each input, got 1"):
+            method(images=[(4, 4)])
 
 
 def test_images_without_targets_have_no_regions():
@@ -240,32 +240,32 @@ def test_images_without_targets_have_no_regions():
 def test_sizes_may_be_integers_of_numpy(kind):
     found = explanation([MAP])
     size = (kind(200), kind(12))
-    assert found.boxes(pictures=[size])[0][0].tolist() == [[0, 0, 100, 9]]
+    assert found.boxes(images=[size])[0][0].tolist() == [[0, 0, 100, 9]]
     for way in (None, Preprocessing(size=(4, 4), resize="crop", short_side=5)):
         for method in (found.boxes, found.mask):
             assert np.array_equal(
-                method(0.1, pictures=[size], preprocessing=way), method(0.1, pictures=[(200, 12)], preprocessing=way)
+                method(0.1, images=[size], preprocessing=way), method(0.1, images=[(200, 12)], preprocessing=way)
             )
 
 
-def test_wrong_pictures_are_named():
+def test_wrong_images_are_named():
     found = explanation([MAP], [MAP])
     way = Preprocessing(size=(4, 5))
     for message, arguments in (
-        ("pictures must be a list of one an image, 2, got 1", {"pictures": [(4, 4)]}),
-        ("pictures must be a list of one an image, 2, got str", {"pictures": "ab"}),
-        ("pictures must be a list of one an image, 2, got Image", {"pictures": Image.new("RGB", (4, 4))}),
-        (r"pictures must be Pillow images, files, or \(width, height\), at least 1, got 640", {"pictures": (640, 480)}),
-        (r"pictures must be Pillow images, .* at least 1, got \(4, 0\)", {"pictures": [(4, 0), (4, 4)]}),
-        (r"pictures must be Pillow images, .* at least 1, got \(True, 4\)", {"pictures": [(True, 4), (4, 4)]}),
-        (r"pictures must be Pillow images, .* at least 1, got \(4.0, 4\)", {"pictures": [(4.0, 4), (4, 4)]}),
-        (r"pictures must be Pillow images, .* at least 1, got .*0", {"pictures": [(np.int64(0), 4), (4, 4)]}),
-        (r"pictures must be Pillow images, .* at least 1, got .*True", {"pictures": [(np.True_, 4), (4, 4)]}),
-        ("no such.png: no such file", {"pictures": ["no such.png", "no such.png"]}),
-        ("preprocessing leads back to pictures; give pictures too", {"preprocessing": way}),
+        ("images must be a list of 2, one for each input, got 1", {"images": [(4, 4)]}),
+        ("images must be a list of 2, one for each input, got str", {"images": "ab"}),
+        ("images must be a list of 2, one for each input, got Image", {"images": Image.new("RGB", (4, 4))}),
+        (r"images must be Pillow images, files, or \(width, height\), at least 1, got 640", {"images": (640, 480)}),
+        (r"images must be Pillow images, .* at least 1, got \(4, 0\)", {"images": [(4, 0), (4, 4)]}),
+        (r"images must be Pillow images, .* at least 1, got \(True, 4\)", {"images": [(True, 4), (4, 4)]}),
+        (r"images must be Pillow images, .* at least 1, got \(4.0, 4\)", {"images": [(4.0, 4), (4, 4)]}),
+        (r"images must be Pillow images, .* at least 1, got .*0", {"images": [(np.int64(0), 4), (4, 4)]}),
+        (r"images must be Pillow images, .* at least 1, got .*True", {"images": [(np.True_, 4), (4, 4)]}),
+        ("no such.png: no such file", {"images": ["no such.png", "no such.png"]}),
+        ("preprocessing needs the original images", {"preprocessing": way}),
         (
             r"preprocessing must be of the maps' size \(4, 4\), got \(4, 5\)",
-            {"pictures": [(4, 4)] * 2, "preprocessing": way},
+            {"images": [(4, 4)] * 2, "preprocessing": way},
         ),
         ("threshold must be 'mean' or 0..1", {"threshold": 2}),
     ):

@@ -147,13 +147,13 @@ def test_smooth_of_nothing_of_gaps_and_by_nothing():
     assert (smooth(np.ones((100, 500))) == smooth(np.ones((100, 500)), 3)).all()
 
 
-def test_overlay_of_nothing_is_the_picture_paler_and_darker():
-    picture = scene()
+def test_overlay_of_nothing_is_the_image_paler_and_darker():
+    image = scene()
     for nothing in (np.zeros((40, 60)), np.full((40, 60), np.nan), np.full((40, 60), -1.0)):
-        got = overlay(picture, nothing)
+        got = overlay(image, nothing)
         assert got.mode == "RGB"
-        assert got.size == picture.size
-        pixels = np.asarray(picture, float)
+        assert got.size == image.size
+        pixels = np.asarray(image, float)
         grey = np.rint(pixels @ [0.299, 0.587, 0.114])[..., None]
         assert abs(np.asarray(got) - 0.85 * (0.4 * pixels + 0.6 * grey)).max() <= 2.5
 
@@ -161,9 +161,9 @@ def test_overlay_of_nothing_is_the_picture_paler_and_darker():
 @pytest.mark.parametrize("colormap", list(COLORMAPS))
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_overlay_is_the_literal_mixture(colormap, alpha):
-    picture, values = scene(), noise(40, 60)
-    below = np.asarray(overlay(picture, np.zeros((40, 60))), float)
-    got = np.asarray(overlay(picture, values, colormap=colormap, alpha=alpha, scale=0.6, sigma=1.5))
+    image, values = scene(), noise(40, 60)
+    below = np.asarray(overlay(image, np.zeros((40, 60))), float)
+    got = np.asarray(overlay(image, values, colormap=colormap, alpha=alpha, scale=0.6, sigma=1.5))
     blurred = literal_smooth(values if colormap == "bwr" else np.maximum(values, 0), 1.5)
     for y, x in [(0, 0), (5, 7), (20, 31), (39, 59), (12, 40)]:
         colour = np.array(literal_colour(blurred[y, x], colormap, 0.6))
@@ -172,11 +172,11 @@ def test_overlay_is_the_literal_mixture(colormap, alpha):
 
 
 def test_overlay_shows_evidence_where_it_is_and_nothing_outside_of_the_crop():
-    picture = Image.new("RGB", (300, 200), (120, 120, 120))
+    image = Image.new("RGB", (300, 200), (120, 120, 120))
     values = np.full((200, 300), np.nan, np.float32)
     values[:, 50:250] = 0
     values[60:64, 50:60] = 1
-    got = np.asarray(overlay(picture, values)).astype(int)
+    got = np.asarray(overlay(image, values)).astype(int)
     changed = abs(got - got[0, 0]).max(-1) > 2
     assert changed[60:64, 50:60].all()
     assert not changed[:, :50].any()
@@ -187,25 +187,25 @@ def test_overlay_shows_evidence_where_it_is_and_nothing_outside_of_the_crop():
 def test_a_lone_pixel_can_be_seen_on_a_photograph():
     values = np.zeros((600, 800))
     values[300, 400] = 1
-    picture = Image.new("RGB", (800, 600), "grey")
-    got = np.asarray(overlay(picture, values)).astype(int)
+    image = Image.new("RGB", (800, 600), "grey")
+    got = np.asarray(overlay(image, values)).astype(int)
     assert (abs(got - got[0, 0]).max(-1) > 30).sum() > 100
-    sharp = np.asarray(overlay(picture, values, sigma=0)).astype(int)
+    sharp = np.asarray(overlay(image, values, sigma=0)).astype(int)
     assert (abs(sharp - sharp[0, 0]).max(-1) > 30).sum() == 1
 
 
 def test_a_shared_scale_keeps_a_weak_map_weak():
-    picture, values = Image.new("RGB", (60, 40), "grey"), np.abs(noise(40, 60))
+    image, values = Image.new("RGB", (60, 40), "grey"), np.abs(noise(40, 60))
     scale = full_scale(smooth(values))
-    assert overlay(picture, values, scale=scale) == overlay(picture, values)
-    below = np.asarray(overlay(picture, np.zeros((40, 60)))).astype(int)
-    strong = abs(np.asarray(overlay(picture, values, scale=scale)) - below).mean()
-    weak = abs(np.asarray(overlay(picture, values / 50, scale=scale)) - below).mean()
+    assert overlay(image, values, scale=scale) == overlay(image, values)
+    below = np.asarray(overlay(image, np.zeros((40, 60)))).astype(int)
+    strong = abs(np.asarray(overlay(image, values, scale=scale)) - below).mean()
+    weak = abs(np.asarray(overlay(image, values / 50, scale=scale)) - below).mean()
     assert weak < strong / 4
 
 
 def test_wrong_arguments_are_named():
-    picture, values = scene(), np.zeros((40, 60))
+    image, values = scene(), np.zeros((40, 60))
     for message, call in [
         (r"map must be of shape \(H, W\), got \(2, 3, 4\)", lambda: colours(np.zeros((2, 3, 4)))),
         (r"map must be of shape \(H, W\), got \(0, 4\)", lambda: smooth(np.zeros((0, 4)))),
@@ -213,12 +213,12 @@ def test_wrong_arguments_are_named():
         (r"scale must be a positive number, got 0", lambda: colours(values, scale=0)),
         (r"scale must be a positive number, got nan", lambda: colours(values, scale=math.nan)),
         (r"sigma must be 0 or more, got -1", lambda: smooth(values, -1)),
-        (r"map must be of the picture's shape \(40, 60\), got \(60, 40\)", lambda: overlay(picture, values.T)),
-        (r"picture must be of mode RGB, got L", lambda: overlay(picture.convert("L"), values)),
-        (r"alpha must be from 0 to 1, got 1.5", lambda: overlay(picture, values, alpha=1.5)),
+        (r"map must be of the image's shape \(40, 60\), got \(60, 40\)", lambda: overlay(image, values.T)),
+        (r"image must be of mode RGB, got L", lambda: overlay(image.convert("L"), values)),
+        (r"alpha must be from 0 to 1, got 1.5", lambda: overlay(image, values, alpha=1.5)),
         (
-            r"overlay 'a' must be of the picture's size \(60, 40\), got \(40, 60\)",
-            lambda: sheet(picture, [("a", scene(40, 60))]),
+            r"overlay 'a' must be of the image's size \(60, 40\), got \(40, 60\)",
+            lambda: sheet(image, [("a", scene(40, 60))]),
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -239,9 +239,9 @@ TILES = {
 
 
 @pytest.mark.parametrize(("size", "tile"), TILES.items())
-def test_sheet_fits_any_picture(size, tile):
-    picture, other = Image.new("RGB", size, (255, 0, 0)), Image.new("RGB", size, (0, 0, 255))
-    pixels = np.asarray(sheet(picture, [("one", other), ("two", other)]))
+def test_sheet_fits_any_image(size, tile):
+    image, other = Image.new("RGB", size, (255, 0, 0)), Image.new("RGB", size, (0, 0, 255))
+    pixels = np.asarray(sheet(image, [("one", other), ("two", other)]))
     cell = max(256, tile[0])
     assert pixels.shape == (12 + tile[1] + 6 + 20 + 12, 12 + 3 * (cell + 12), 3)
     assert (pixels == (255, 0, 0)).all(-1).sum() == tile[0] * tile[1]
@@ -253,10 +253,10 @@ def test_sheet_fits_any_picture(size, tile):
         assert below[:, 12 + column * (cell + 12) :][:, :cell].min() < 60  # black letters
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel():
-    picture = scene(32, 20)
-    pixels = np.asarray(sheet(picture, []))
-    assert (pixels[12 : 12 + 160, 12 : 12 + 256] == np.asarray(picture).repeat(8, 0).repeat(8, 1)).all()
+def test_small_images_are_enlarged_pixel_by_pixel():
+    image = scene(32, 20)
+    pixels = np.asarray(sheet(image, []))
+    assert (pixels[12 : 12 + 160, 12 : 12 + 256] == np.asarray(image).repeat(8, 0).repeat(8, 1)).all()
 
 
 @pytest.mark.parametrize(("count", "across", "down"), [(0, 1, 1), (3, 4, 1), (4, 4, 2), (7, 4, 2), (8, 4, 3)])
@@ -288,7 +288,7 @@ def test_captions_are_shortened_and_may_have_lines(monkeypatch):
     ]
     size = sheet(scene(32, 32), [(caption, scene(32, 32)) for caption in captions]).size
     lines = [line for line, _, _ in texts]
-    assert lines[:3] == ["picture", "tabby", "0.93"]
+    assert lines[:3] == ["image", "tabby", "0.93"]
     assert lines[3].startswith("an Egyptian cat lying on the ")
     assert lines[4].startswith("MMMMMMMMMM")
     assert all(lines[index].endswith("…") for index in (3, 4, 7))
@@ -305,17 +305,17 @@ def test_any_caption_can_be_drawn(caption):
 
 
 def test_saved_files_hold_what_was_given(tmp_path):
-    picture, values = scene(), noise(5, 6).astype(np.float64)
+    image, values = scene(), noise(5, 6).astype(np.float64)
     folder = tmp_path / "new" / "deeper"
-    save(picture, folder / "a.PNG")
-    save(picture, str(folder / "a.jpg"))
+    save(image, folder / "a.PNG")
+    save(image, str(folder / "a.jpg"))
     save_map(values, folder / "a.npy")
     save_text("Bär\n\udcff", folder / "a.txt")
-    with Image.open(folder / "a.PNG") as image:
-        assert image.format == "PNG"
-        assert (np.asarray(image) == np.asarray(picture)).all()
-    with Image.open(folder / "a.jpg") as image:
-        assert image.format == "JPEG"
+    with Image.open(folder / "a.PNG") as saved:
+        assert saved.format == "PNG"
+        assert (np.asarray(saved) == np.asarray(image)).all()
+    with Image.open(folder / "a.jpg") as saved:
+        assert saved.format == "JPEG"
     loaded = np.load(folder / "a.npy", allow_pickle=False)
     assert loaded.dtype == np.float32
     assert (loaded == values.astype(np.float32)).all()
@@ -353,7 +353,7 @@ def test_a_file_stays_whole_when_writing_fails(tmp_path, monkeypatch, writer):
     assert (tmp_path / "a.png").read_text() == "old"
 
 
-def test_nothing_is_left_of_a_picture_that_fails_half_way(tmp_path, monkeypatch):
+def test_nothing_is_left_of_an_image_that_fails_half_way(tmp_path, monkeypatch):
     def half(image, file, format):
         file.write(b"half of it")
         raise KeyboardInterrupt
@@ -387,9 +387,9 @@ def test_the_folder_is_not_writable_or_the_file_a_folder(tmp_path, monkeypatch, 
         writer(tmp_path / "b")
 
 
-def test_an_extension_of_no_picture_format_is_refused(tmp_path):
+def test_an_extension_of_no_image_format_is_refused(tmp_path):
     for name in ("a", "a.txt", "a.npy"):
-        with pytest.raises(ValueError, match=r"cannot write .*: '.*' is not the extension of a picture format"):
+        with pytest.raises(ValueError, match=r"cannot write .*: '.*' is not the extension of an image format"):
             save(scene(), tmp_path / name)
     assert os.listdir(tmp_path) == []
 

@@ -6,37 +6,37 @@ import pytest
 import torch
 from PIL import Image
 
-import tiny_networks
+import helpers
 import tsgb
-from tsgb import pictures, render, report, scenes
+from tsgb import images, render, report, scenes
 from tsgb.preprocessing import Preprocessing
 from tsgb.report import caption, explain_files, one_line, versions
 
 
-def network(model=None, names=tiny_networks.NAMES):
+def network(model=None, names=helpers.NAMES):
     return tsgb.models.Network(
-        model or tiny_networks.chain(), Preprocessing((32, 32)), names and tuple(names), "tiny", "none", "0" * 64
+        model or helpers.chain(), Preprocessing((32, 32)), names and tuple(names), "tiny", "none", "0" * 64
     )
 
 
-def picture(folder, name, seed=0):
+def image(folder, name, seed=0):
     path = Path(folder, name)
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(scenes.render(seed, count=2, size=96).picture).save(path)
+    Image.fromarray(scenes.render(seed, count=2, size=96).image).save(path)
     return path
 
 
 @pytest.fixture
 def two(tmp_path):
-    return [picture(tmp_path, "cat.png"), picture(tmp_path, "dog.png", 1)]
+    return [image(tmp_path, "cat.png"), image(tmp_path, "dog.png", 1)]
 
 
 def record(out):
     return json.loads((out / "record.json").read_text())["entries"]
 
 
-def test_files_are_those_written_and_each_picture_counts_once(tmp_path, two):
-    (tmp_path / "bad.png").write_text("no picture")
+def test_files_are_those_written_and_each_image_counts_once(tmp_path, two):
+    (tmp_path / "bad.png").write_text("no image")
     done = []
     out = tmp_path / "new" / "out"
     found = explain_files(
@@ -57,7 +57,7 @@ def test_the_record_keeps_what_it_has_of_other_maps(tmp_path, two):
     kept = [entry for entry in first if entry["map"] != "cat_1.npy"]
     assert record(out) == [*kept, *again]
     for entry in record(out):
-        assert entry["map_sha256"] == pictures.sha256(out / entry["map"])
+        assert entry["map_sha256"] == images.sha256(out / entry["map"])
     (out / "dog_0.npy").unlink()
     explain_files(network(), two[:1], ["1"], out)
     assert sorted(entry["map"] for entry in record(out)) == ["cat_0.npy", "cat_1.npy", "cat_2.npy", "dog_1.npy"]
@@ -73,15 +73,15 @@ def test_every_entry_has_its_overlay_and_map(tmp_path, two):
     assert len({values.tobytes() for values in maps}) == 4
 
 
-def test_sheet_shows_the_picture_and_its_overlays(tmp_path, two):
+def test_sheet_shows_the_image_and_its_overlays(tmp_path, two):
     found = explain_files(network(), two[:1], ["0", "1"], tmp_path / "out")
     overlays = [(caption(entry), Image.open(tmp_path / "out" / entry["overlay"])) for entry in found.entries]
     expected = render.sheet(Image.open(two[0]).convert("RGB"), overlays)
     assert np.array_equal(Image.open(tmp_path / "out" / "cat_sheet.png"), expected)
 
 
-def test_top_k_is_that_of_each_picture(tmp_path, two):
-    model = tiny_networks.chain()
+def test_top_k_is_that_of_each_image(tmp_path, two):
+    model = helpers.chain()
     with torch.no_grad():  # evidence for the first two classes only, and of opposite sign
         model[-1].weight.zero_()
         model[-1].bias.zero_()
@@ -99,7 +99,7 @@ def test_a_network_without_names(tmp_path, two):
 
 
 def test_double_precision_networks_are_fed_in_their_own(tmp_path, two):
-    (entry,) = explain_files(network(tiny_networks.chain().double()), two[:1], ["3"], tmp_path / "out").entries
+    (entry,) = explain_files(network(helpers.chain().double()), two[:1], ["3"], tmp_path / "out").entries
     assert np.load(tmp_path / "out" / entry["map"]).dtype == np.float32
 
 
@@ -107,14 +107,14 @@ def test_a_logit_that_is_no_number_is_left_out_of_the_record(tmp_path, two):
     def infinite(x):
         return x + torch.tensor([torch.inf, 0, 0, 0, 0])
 
-    model = torch.nn.Sequential(tiny_networks.chain(), tiny_networks.Act(infinite)).eval()
+    model = torch.nn.Sequential(helpers.chain(), helpers.Act(infinite)).eval()
     (entry,) = explain_files(network(model), two[:1], ["0"], tmp_path / "out").entries
     assert (entry["logit"], entry["probability"]) == (None, None)
     assert record(tmp_path / "out") == [entry]
     assert caption(entry) == "0 cat"
 
 
-def test_nothing_is_written_where_no_picture_is_good(tmp_path):
+def test_nothing_is_written_where_no_image_is_good(tmp_path):
     found = explain_files(network(), [tmp_path / "none.png"], ["0"], tmp_path / "out")
     assert (found.entries, found.files, len(found.problems)) == ([], [], 1)
     assert list(tmp_path.iterdir()) == []
@@ -123,13 +123,13 @@ def test_nothing_is_written_where_no_picture_is_good(tmp_path):
 @pytest.mark.parametrize(
     ("model", "names", "wanted", "error"),
     [
-        (tiny_networks.chain(), tiny_networks.NAMES, ["5"], tsgb.TargetError),
-        (tiny_networks.chain(), tiny_networks.NAMES, ["cow"], tsgb.TargetError),
-        (tiny_networks.chain(), tiny_networks.NAMES[:4], ["0"], tsgb.TargetError),
-        (tiny_networks.mlp()[0].eval(), tiny_networks.NAMES, ["0"], tsgb.CoverageError),
+        (helpers.chain(), helpers.NAMES, ["5"], tsgb.TargetError),
+        (helpers.chain(), helpers.NAMES, ["cow"], tsgb.TargetError),
+        (helpers.chain(), helpers.NAMES[:4], ["0"], tsgb.TargetError),
+        (helpers.mlp()[0].eval(), helpers.NAMES, ["0"], tsgb.CoverageError),
     ],
 )
-def test_what_would_fail_for_every_picture_ends_the_run(tmp_path, two, model, names, wanted, error):
+def test_what_would_fail_for_every_image_ends_the_run(tmp_path, two, model, names, wanted, error):
     done = []
     with pytest.raises(error):
         explain_files(network(model, names), two, wanted, tmp_path / "out", done=done.append)
@@ -137,7 +137,7 @@ def test_what_would_fail_for_every_picture_ends_the_run(tmp_path, two, model, na
     assert not (tmp_path / "out").exists()
 
 
-def test_whatever_the_network_raises_is_a_problem_of_the_picture(tmp_path, two):
+def test_whatever_the_network_raises_is_a_problem_of_the_image(tmp_path, two):
     def grumble(x):
         if x.mean() > 0:
             raise KeyError("head")
@@ -145,8 +145,8 @@ def test_whatever_the_network_raises_is_a_problem_of_the_picture(tmp_path, two):
 
     Image.new("RGB", (40, 40), "white").save(two[0])
     Image.new("RGB", (40, 40), "#101828").save(two[1])
-    model = tiny_networks.chain()
-    model.insert(0, tiny_networks.Act(grumble))
+    model = helpers.chain()
+    model.insert(0, helpers.Act(grumble))
     found = explain_files(network(model), two, ["0"], tmp_path / "out")
     assert found.problems == [f"{two[0]}: KeyError: 'head'"]
     assert [entry["image"] for entry in found.entries] == [str(two[1])]
@@ -168,16 +168,16 @@ def test_record_holds_what_was_done_when_the_run_breaks_off(tmp_path, two, monke
 
 
 @pytest.mark.parametrize("name", ["cat_0.png", "cat_12.png", "cat_sheet.png"])
-def test_a_picture_that_an_output_could_replace_is_refused_first(tmp_path, name):
-    pictures = [picture(tmp_path / "out", name), picture(tmp_path, "cat.png")]
-    with pytest.raises(ValueError, match=rf"{name} is one of the pictures to explain and could be replaced"):
-        explain_files(network(), pictures, ["0"], tmp_path / "out")
+def test_an_image_that_an_output_could_replace_is_refused_first(tmp_path, name):
+    images = [image(tmp_path / "out", name), image(tmp_path, "cat.png")]
+    with pytest.raises(ValueError, match=rf"{name} is one of the images to explain and could be replaced"):
+        explain_files(network(), images, ["0"], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 
-def test_pictures_may_lie_in_the_output_folder_otherwise(tmp_path):
-    pictures = [picture(tmp_path, name) for name in ("cat.png", "catalogue_1.png", "dog_0.png")]
-    explain_files(network(), pictures, ["0"], tmp_path)
+def test_images_may_lie_in_the_output_folder_otherwise(tmp_path):
+    images = [image(tmp_path, name) for name in ("cat.png", "catalogue_1.png", "dog_0.png")]
+    explain_files(network(), images, ["0"], tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == 3
 
 
@@ -214,7 +214,7 @@ def test_one_line(error, line):
     assert one_line(error) == line
 
 
-def test_a_picture_that_was_not_asked_for_is_not_replaced(tmp_path):
+def test_an_image_that_was_not_asked_for_is_not_replaced(tmp_path):
     network = tsgb.load("bundled")
     for name, colour in (("cat.png", "red"), ("cat_3.png", "blue")):
         Image.new("RGB", (40, 30), colour).save(tmp_path / name)

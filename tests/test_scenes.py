@@ -28,14 +28,14 @@ def painted_alone(plan, index, size):
         objects=tuple(things),
         light=(1.0, 0.0, 0.0),
     )
-    return scenes._paint(stage, size).picture[..., 0]
+    return scenes._paint(stage, size).image[..., 0]
 
 
 def test_one_seed_gives_the_same_bits_everywhere():
     digest = hashlib.sha256()
     for seed in range(24):
         scene = scenes.render(seed)
-        digest.update(scene.picture.tobytes())
+        digest.update(scene.image.tobytes())
         digest.update(np.packbits(scene.masks).tobytes())
         digest.update(bytes(scene.classes))
     assert digest.hexdigest() == GOLDEN
@@ -47,12 +47,12 @@ def test_global_generator_plays_no_part():
     first = scenes.render(11)
     assert np.array_equal(np.random.get_state()[1], state)
     np.random.seed(2)
-    assert np.array_equal(first.picture, scenes.render(11).picture)
+    assert np.array_equal(first.image, scenes.render(11).image)
 
 
 def test_seeds_give_different_scenes():
-    pictures = {scenes.render(seed, classes=[0]).picture.tobytes() for seed in range(20)}
-    assert len(pictures) == 20
+    images = {scenes.render(seed, classes=[0]).image.tobytes() for seed in range(20)}
+    assert len(images) == 20
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,9 +63,9 @@ def test_every_scene_keeps_its_promises(seed, size):
     assert 1 <= n <= 4
     assert len(set(scene.classes)) == n
     assert set(scene.classes) <= set(range(10))
-    assert scene.picture.shape == (size, size, 3)
-    assert scene.picture.dtype == np.uint8
-    assert scene.picture.flags["C_CONTIGUOUS"]
+    assert scene.image.shape == (size, size, 3)
+    assert scene.image.dtype == np.uint8
+    assert scene.image.flags["C_CONTIGUOUS"]
     assert scene.masks.shape == (n, size, size)
     assert scene.masks.dtype == np.bool_
     assert scene.masks.sum(axis=0).max() == 1
@@ -92,7 +92,7 @@ def test_an_object_changes_its_pixels_and_no_others(seed):
     scene = scenes._paint(plan, 128)
     for index, mask in enumerate(scene.masks):
         without = replace(plan, objects=plan.objects[:index] + plan.objects[index + 1 :])
-        change = scenes._paint(without, 128).picture.astype(int) - scene.picture
+        change = scenes._paint(without, 128).image.astype(int) - scene.image
         changed = np.abs(change).max(axis=2) > 1
         assert not changed[painted_alone(plan, index, 128) == 0].any()
         assert changed[mask].mean() > 0.97
@@ -101,7 +101,7 @@ def test_an_object_changes_its_pixels_and_no_others(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_clutter_stays_behind_the_objects(seed):
     plan = scenes._plan(seed, None, None)
-    cluttered, bare = (scenes._paint(p, 128).picture for p in (plan, replace(plan, clutter=())))
+    cluttered, bare = (scenes._paint(p, 128).image for p in (plan, replace(plan, clutter=())))
     for index in range(len(plan.objects)):
         covered = painted_alone(plan, index, 128) == 255
         assert np.array_equal(cluttered[covered], bare[covered])
@@ -132,8 +132,8 @@ def test_sizes_show_the_same_scene():
     for seed in range(12):
         small, large = scenes.render(seed), scenes.render(seed, size=384)
         assert small.classes == large.classes
-        pooled = large.picture.reshape(128, 3, 128, 3, 3).mean(axis=(1, 3))
-        assert np.abs(pooled - small.picture).mean() < 4
+        pooled = large.image.reshape(128, 3, 128, 3, 3).mean(axis=(1, 3))
+        assert np.abs(pooled - small.image).mean() < 4
         shares = large.masks.reshape(-1, 128, 3, 128, 3).mean(axis=(2, 4)) > 0.5
         assert (shares & small.masks).sum() / (shares | small.masks).sum() > 0.95
 
@@ -142,7 +142,7 @@ def test_objects_have_texture_inside():
     for seed in range(4):
         for index in range(10):
             scene = scenes.render(seed, classes=[index])
-            inside = scene.picture[scene.masks[0]].astype(float)
+            inside = scene.image[scene.masks[0]].astype(float)
             assert inside.std(axis=0).max() > 20
 
 
@@ -150,7 +150,7 @@ def test_no_class_has_a_colour_of_its_own():
     means = []
     for index in range(10):
         found = [scenes.render(1000 * index + seed, classes=[index]) for seed in range(60)]
-        means.append(np.mean([scene.picture[scene.masks[0]].mean(axis=0) for scene in found], axis=0))
+        means.append(np.mean([scene.image[scene.masks[0]].mean(axis=0) for scene in found], axis=0))
     assert np.ptp(means, axis=0).max() < 50
 
 

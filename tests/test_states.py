@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loading import same, saved
+from helpers import same, saved
 from tsgb.states import ModelError, fill, filled, read, sha256
 
 

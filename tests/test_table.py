@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fake_results
-from tsgb.bench import account
+import helpers
+from tsgb.bench import results_view
 from tsgb.bench.table import markdown
 
 # Two methods, one metric, worked by hand: 2 of 3 hits are 66.7 %, and 66.66 is printed alike, so both are bold.
@@ -68,7 +68,7 @@ def test_an_example_by_hand():
 
 
 def test_every_figure_stands_in_its_cell():
-    results = fake_results.results()
+    results = helpers.results()
     lines = cells(markdown(results))
     where, head = {}, []
     for line in lines:
@@ -80,7 +80,7 @@ def test_every_figure_stands_in_its_cell():
     shown = 0
     for row in results["rows"]:
         base, _, power = row["method"].partition("^")
-        name = fake_results.METHODS[base] + (f" ^ {power}" if power else "")
+        name = helpers.METHODS[base] + (f" ^ {power}" if power else "")
         cell = where[f"*{name}* (control)" if power else name, titles[row["metric"]]]
         if row["value"] is None:
             assert cell == "–"
@@ -94,7 +94,7 @@ def test_every_figure_stands_in_its_cell():
 
 
 def test_lines_of_a_table_are_of_one_width():
-    tables = re.split(r"\n\n", markdown(fake_results.results()))
+    tables = re.split(r"\n\n", markdown(helpers.results()))
     tables = [table.splitlines() for table in tables if table.startswith("|")]
     assert len(tables) == 7  # seven metrics of order in two tables, and five other kinds
     for table in tables:
@@ -103,7 +103,7 @@ def test_lines_of_a_table_are_of_one_width():
 
 
 def test_six_metrics_make_one_table():
-    results = fake_results.results()
+    results = helpers.results()
     names = list(results["protocol"]["metrics"])
 
     def cut(count):
@@ -120,7 +120,7 @@ def test_six_metrics_make_one_table():
 
 
 def test_methods_that_failed_or_were_left_out_say_so():
-    text = markdown(fake_results.results())
+    text = markdown(helpers.results())
     assert text.count("| DeepLIFT                        | failed: ") == 7
     assert "pip install 'tsgb[zennit]'" in text
     assert "- DeepLIFT, 101 times: RuntimeError: a module was used more than once in the forward pass, which" in text
@@ -128,7 +128,7 @@ def test_methods_that_failed_or_were_left_out_say_so():
 
 
 def test_what_the_figures_depend_on_stands_below():
-    results = fake_results.results()
+    results = helpers.results()
     head, _, text = markdown(results).partition("\n\n## Protocol\n\n")
     bullets, _, line = text.partition("\n\n")
     metrics = [metric for name, metric in results["protocol"]["metrics"].items() if name != "sensitivity"]
@@ -146,7 +146,7 @@ def test_what_the_figures_depend_on_stands_below():
 
 
 def test_a_metric_left_out_has_no_column_and_a_reason():
-    text = markdown(fake_results.results())
+    text = markdown(helpers.results())
     assert "- LRP: needs zennit: pip install 'tsgb[zennit]'\n- metric `sensitivity`: no second class\n" in text
     assert "Class sensitivity" not in text
     assert "| sensitivity" not in text
@@ -158,7 +158,7 @@ def left(asked, figures, there, left_out):
     results["protocol"] |= {"asked": asked, "metrics": dict.fromkeys(figures, results["protocol"]["metrics"]["x"])}
     results["rows"] = [{**results["rows"][0], "metric": name} for name in there]
     results["left_out"] = dict.fromkeys(left_out, "why")
-    return account.metrics(results)
+    return results_view.metrics(results)
 
 
 def test_a_metric_takes_its_own_figures_along():
@@ -174,14 +174,14 @@ def test_all_metrics_may_be_left_out():
     results = small([]) | {"left_out": {"x": "no masks"}}
     assert "|" not in markdown(results)
     assert markdown(results).endswith("\n\n## Left out\n\n- metric `x`: no masks\n\n## Protocol\n\nSeed 0.\n")
-    assert account.methods(results) == []
+    assert results_view.methods(results) == []
 
 
 def test_a_method_may_have_a_metrics_name():
     results = small([1.0]) | {"left_out": {"energy": "no masks"}}
-    results["protocol"]["methods"]["energy"] = {"title": "energy", "source": "given maps"}
-    assert account.absence(results, "energy") is None
-    assert account.left_out(results) == ({}, {"energy": "no masks"})
+    results["protocol"]["methods"]["energy"] = {"title": "energy", "source": "precomputed maps"}
+    assert results_view.absence(results, "energy") is None
+    assert results_view.left_out(results) == ({}, {"energy": "no masks"})
 
 
 def test_a_single_measurement_stands_alone():
@@ -197,11 +197,11 @@ def test_controls_stand_below_and_are_never_best():
     results["rows"].insert(0, {"method": "a^2", "metric": "x", "value": 99.0, "low": 98.0, "high": 100.0, "n": 2})
     names = [line[0] for line in cells(markdown(results))]
     assert names[2:] == ["A", "B", "*A ^ 2* (control)"]
-    assert account.best(results, "x") == {"b"}
+    assert results_view.best(results, "x") == {"b"}
 
 
 def test_long_lists_of_problems_are_cut():
-    results = small([1.0]) | {"problems": [f"picture{k}.jpg: broken" for k in range(50)]}
+    results = small([1.0]) | {"problems": [f"image{k}.jpg: broken" for k in range(50)]}
     text = markdown(results)
     assert text.count("broken") == 20
     assert "- and 30 more, see results.json\n" in text
@@ -217,7 +217,7 @@ def test_best_is_its_twin(values, better):
         beaten = any(rival > mine if better == "higher" else rival < mine for rival in rivals)
         if better != "neither" and not beaten:
             expected.add(row["method"])
-    assert account.best(results, "x") == expected
+    assert results_view.best(results, "x") == expected
     assert markdown(results).partition("## Protocol")[0].count("**") == 2 * len(expected)
 
 
@@ -226,8 +226,8 @@ def test_figures_that_are_not_there(nothing):
     results = small([1.0, 2.0])
     results["rows"][1]["value"] = nothing
     assert cells(markdown(results))[-1] == ["B", "–"]
-    assert account.best(results, "x") == {"a"}
-    assert account.rows(results).keys() == {("a", "x")}
+    assert results_view.best(results, "x") == {"a"}
+    assert results_view.rows(results).keys() == {("a", "x")}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_figures_that_are_not_there(nothing):
     ],
 )  # fmt: skip
 def test_numbers_as_written(value, unit, text):
-    assert account.written(value, unit) == text
+    assert results_view.written(value, unit) == text
 
 
 @given(st.text(), st.integers(1, 30))
@@ -253,7 +253,7 @@ def test_reasons_are_cut_to_the_table(reason, width):
 
 @given(st.integers(0, 40))
 def test_parts_are_as_few_and_as_even_as_can_be(count):
-    parts = account.parts(range(count))
+    parts = results_view.parts(range(count))
     assert [k for part in parts for k in part] == list(range(count))
     assert len(parts) == -(-count // 6)
     assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -263,8 +263,8 @@ def test_parts_are_as_few_and_as_even_as_can_be(count):
 def test_a_columns_n_is_that_of_most_figures():
     results = small([1.0, 2.0, 3.0])
     results["rows"][1]["n"] = 1
-    assert account.usual_n(results, "x") == 2
-    assert account.usual_n(results, "x", "differences") is None
+    assert results_view.usual_n(results, "x") == 2
+    assert results_view.usual_n(results, "x", "differences") is None
     assert [line[1] for line in cells(markdown(results))[2:]] == [
         "1.0 [1.0, 1.0]", "2.0 [2.0, 2.0] n = 1", "**3.0** [3.0, 3.0]",
     ]  # fmt: skip
@@ -294,10 +294,10 @@ def test_text_from_the_data_stays_text():
 
 @given(st.text())
 def test_printable_text_can_be_shown_and_saved(text):
-    line = account.printable(text)
+    line = results_view.printable(text)
     assert line.isprintable()
     line.encode()
-    assert account.printable(line) == line
+    assert results_view.printable(line) == line
     expected = ""
     for sign in text:
         code = ord(sign)
@@ -316,14 +316,14 @@ def test_printable_text_can_be_shown_and_saved(text):
     ],
 )  # fmt: skip
 def test_what_steers_a_terminal_is_written_out(text, line):
-    assert account.printable(text) == line
+    assert results_view.printable(text) == line
 
 
 def test_grids_and_distant_instances_in_words():
-    assert account.grids({"grids": {"grid": 48, "grid_3x3": 0}}) == "2 x 2: 48, 3 x 3: 0"
-    assert account.grids({"grids": {}, "confidence": 0.99}) == account.grids({}) == ""
-    assert account.distant({}) == account.distant({"distant": 0}) == ""
-    assert account.distant({"distant": 1}).startswith("1 instance, none of its classes")
+    assert results_view.grids({"grids": {"grid": 48, "grid_3x3": 0}}) == "2 x 2: 48, 3 x 3: 0"
+    assert results_view.grids({"grids": {}, "confidence": 0.99}) == results_view.grids({}) == ""
+    assert results_view.distant({}) == results_view.distant({"distant": 0}) == ""
+    assert results_view.distant({"distant": 1}).startswith("1 instance, none of its classes")
 
 
 def test_incomplete_results_are_refused():

@@ -52,12 +52,12 @@ class Wrong(nn.Module):
             self.seen.add_(1)
         x = functional.relu(self.conv(x))
         if self.fault == "batch":
-            x = x - x.mean(0, keepdim=True) + torch.sin(x)
+            x = x - x.mean(0, keepdim=True) + torch.cos(x)
         return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("", ""), ("state", "weights or modes changed"), ("batch", "DEFAULT: no rule for sin")]
+    ("fault", "words"), [("", ""), ("state", "weights or modes changed"), ("batch", "FUSED: no rule for cos")]
 )
 def test_the_zoo_finds_fault(fault, words, zoo):
     result = zoo.Row("wrong")

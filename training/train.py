@@ -38,7 +38,7 @@ SINGLE_SEEDS = range(0, 2000)
 PAIR_SEEDS = range(2000, 4000)
 LARGE = 384
 
-Pictures = npt.NDArray[np.uint8]
+Images = npt.NDArray[np.uint8]
 
 
 def main() -> None:
@@ -85,17 +85,17 @@ def main() -> None:
 def fit(name: str) -> nn.Module:
     """Train the network of this name, with AdamW in one cycle, and return it in eval mode."""
     torch.manual_seed(SEED)
-    pictures, targets = render(networks.TRAINING_SEEDS, None, networks.INPUT["size"])
+    images, targets = render(networks.TRAINING_SEEDS, None, networks.INPUT["size"])
     present = torch.from_numpy(targets)
     goals = present / present.sum(dim=1, keepdim=True)
     network = MAKERS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    epochs, steps = EPOCHS[name], len(pictures) // BATCH
+    epochs, steps = EPOCHS[name], len(images) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATES[name], weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATES[name], total_steps=epochs * steps, pct_start=0.15)
     for epoch in range(epochs):
         start, total = time.monotonic(), 0.0
-        for batch in torch.randperm(len(pictures))[: steps * BATCH].view(steps, BATCH):
-            x = augment(networks.inputs(pictures[batch.numpy()])).contiguous(memory_format=torch.channels_last)
+        for batch in torch.randperm(len(images))[: steps * BATCH].view(steps, BATCH):
+            x = augment(networks.inputs(images[batch.numpy()])).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 scores = network(x)
             loss = nn.functional.cross_entropy(scores.float(), goals[batch])
@@ -109,7 +109,7 @@ def fit(name: str) -> nn.Module:
 
 
 def augment(x: Tensor) -> Tensor:
-    """Mirror, move, recolour and blur a batch of pictures at random, so that neither place nor colour tells."""
+    """Mirror, move, recolour and blur a batch of images at random, so that neither place nor colour tells."""
     n = len(x)
     x = torch.where(torch.rand(n, 1, 1, 1) < 0.5, x.flip(3), x)
     x = x.roll((int(torch.randint(-12, 13, ())), int(torch.randint(-12, 13, ()))), dims=(2, 3))
@@ -119,36 +119,36 @@ def augment(x: Tensor) -> Tensor:
     return x + (blurred - x) * torch.empty(n, 1, 1, 1).uniform_(-0.2, 0.8)
 
 
-def render(seeds: range, count: int | None, size: int) -> tuple[Pictures, npt.NDArray[np.float32]]:
+def render(seeds: range, count: int | None, size: int) -> tuple[Images, npt.NDArray[np.float32]]:
     """Render the scenes of some seeds at a size and bring them to the networks' size.
 
-    Returns the pictures, (N, 128, 128, 3) uint8, and which classes each shows, (N, 10) float32 of 0 and 1.
+    Returns the images, (N, 128, 128, 3) uint8, and which classes each shows, (N, 10) float32 of 0 and 1.
     """
     side = networks.INPUT["size"]
-    pictures = np.empty((len(seeds), side, side, 3), dtype=np.uint8)
+    images = np.empty((len(seeds), side, side, 3), dtype=np.uint8)
     targets = np.zeros((len(seeds), len(scenes.CLASSES)), dtype=np.float32)
     with Pool() as pool:
         drawn = pool.imap(partial(draw, count=count, size=size), seeds, chunksize=50)
-        for row, (picture, classes) in enumerate(drawn):
-            pictures[row], targets[row, list(classes)] = picture, 1.0
-    return pictures, targets
+        for row, (image, classes) in enumerate(drawn):
+            images[row], targets[row, list(classes)] = image, 1.0
+    return images, targets
 
 
-def draw(seed: int, count: int | None, size: int) -> tuple[Pictures, tuple[int, ...]]:
+def draw(seed: int, count: int | None, size: int) -> tuple[Images, tuple[int, ...]]:
     """Render one scene, squash it to the networks' size, and return it with its classes."""
     scene, side = scenes.render(seed, count=count, size=size), networks.INPUT["size"]
     if size == side:
-        return scene.picture, scene.classes
-    small = Image.fromarray(scene.picture).resize((side, side), Image.Resampling.BILINEAR)
+        return scene.image, scene.classes
+    small = Image.fromarray(scene.image).resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(small), scene.classes
 
 
 @torch.no_grad()
 def measure(network: nn.Module, count: int, seeds: range, size: int) -> dict[str, Any]:
     """Measure the share of scenes of `count` objects whose classes are the `count` highest scores."""
-    pictures, targets = render(seeds, count, size)
-    batches = np.array_split(np.arange(len(pictures)), len(pictures) // BATCH)
-    scores = torch.cat([network(networks.inputs(pictures[batch])) for batch in batches])
+    images, targets = render(seeds, count, size)
+    batches = np.array_split(np.arange(len(images)), len(images) // BATCH)
+    scores = torch.cat([network(networks.inputs(images[batch])) for batch in batches])
     right = torch.from_numpy(targets).gather(1, scores.topk(count).indices).all(dim=1)
     return {
         "objects": count,

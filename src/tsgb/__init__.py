@@ -27,7 +27,7 @@ _LATER = (
     "data",
     "methods",
     "metrics",
-    "pictures",
+    "images",
     "plots",
     "regions",
     "render",

@@ -28,16 +28,14 @@ Model = Annotated[
     typer.Option(help="bundled, bundled-vgg, a torchvision name, timm:NAME, or path/file.py:factory.", metavar="M"),
 ]
 Weights = Annotated[
-    Path | None, typer.Option(help="State dict, .pth or .safetensors; else the library's own.", metavar="FILE")
+    Path | None, typer.Option(help="State dict, .pth or .safetensors. Default: the library's own.", metavar="FILE")
 ]
 Size = Annotated[str | None, typer.Option(help="Input size of the network: 224, or HEIGHTxWIDTH.", metavar="N")]
 Mean = Annotated[str | None, typer.Option(help="Mean of the pixels in 0..1: one number or R,G,B.", metavar="X")]
 Std = Annotated[
     str | None, typer.Option(help="Standard deviation of the pixels in 0..1: one number or R,G,B.", metavar="X")
 ]
-Resize = Annotated[
-    str | None, typer.Option(help="squash the whole picture, or crop its centre.", metavar="squash|crop")
-]
+Resize = Annotated[str | None, typer.Option(help="squash the whole image, or crop its centre.", metavar="squash|crop")]
 
 
 @app.callback(invoke_without_command=True)
@@ -51,7 +49,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def explain(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Picture files or folders of them; none: a bundled scene.", metavar="IMAGE"),
+        typer.Argument(help="Image files, or folders of them. Default: a bundled scene.", metavar="IMAGE"),
     ] = None,
     model: Model = "bundled",
     weights: Weights = None,
@@ -64,10 +62,11 @@ def explain(
     method: Annotated[
         str,
         typer.Option(
-            help="tsgb; tsgb-pixels: relevance down to the pixels; tsgb-paper: as the paper's authors run it.",
+            help="tsgb-fused (also tsgb): one map of all depths; tsgb-pixels: relevance of each pixel; "
+            "tsgb-paper: as published.",
             metavar="NAME",
         ),
-    ] = "tsgb",
+    ] = "tsgb-fused",
     f: Annotated[
         float | None,
         typer.Option(help="Share of the evidence for the class that evidence against it balances, 0..1.", metavar="F"),
@@ -78,22 +77,24 @@ def explain(
     std: Std = None,
     resize: Resize = None,
 ) -> None:
-    """Explain pictures: for each target an overlay (.png) and the raw map (.npy), and one record.json.
+    """Explain images: for each target an overlay (.png) and the raw map (.npy), and one record.json.
 
-    A bad picture among good ones is reported, the rest is done. The limit is 100 million pixels a picture.
+    A bad image is reported and the rest is explained. The limit is 100 million pixels an image.
     """
-    from . import pictures, report
+    from . import report
+    from .images import collect
 
+    method = "tsgb-fused" if method == "tsgb" else method
     if method not in report.METHODS:
         _wrong_call(f"--method must be one of {', '.join(report.METHODS)}, got {method!r}")
     if f is not None and not 0 <= f <= 1:
         _wrong_call(f"--f must be from 0 to 1, got {f}")
-    if f is not None and method == "tsgb":
-        _wrong_call("--f is of --method tsgb-pixels or tsgb-paper: the rules of tsgb have no f")
-    with _told():
+    if f is not None and method == "tsgb-fused":
+        _wrong_call("--f needs --method tsgb-pixels or tsgb-paper: the rules of tsgb-fused have no f")
+    with report_errors():
         network = _load(model, weights, size, mean, std, resize)
-        with contextlib.nullcontext((images, ())) if images else _scene(out) as (given, shown):
-            paths, wanted = pictures.collect(given), list(target or [])
+        with contextlib.nullcontext((images, ())) if images else _scene(out) as (files, shown):
+            paths, wanted = collect(files), list(target or [])
             if not wanted and tuple(network.names or ()) == _scene_classes():
                 wanted = [str(index) for index in shown]
             quiet = len(paths) == 1 or not sys.stderr.isatty()
@@ -105,12 +106,12 @@ def explain(
         typer.echo(line)
     for file in found.files:
         if file.stem.endswith("_sheet"):
-            typer.echo(f"all targets of a picture: {file}")
+            typer.echo(f"all targets of an image: {file}")
     for line in found.problems:
         typer.echo(f"tsgb: {line}", err=True)
     for name in sorted({row[0] for entry in found.entries for row in entry["coverage"] if row[1] is None}):
         hint = f"see tsgb doctor --model {model}"
-        typer.echo(f"tsgb: no rule for {name}, which kept its ordinary gradient: {hint}", err=True)
+        typer.echo(f"tsgb: no rule for {name}, its gradient is used as a fallback: {hint}", err=True)
     if found.entries:
         typer.echo(f"record: {out / 'record.json'}")
     if found.problems:
@@ -126,8 +127,8 @@ def doctor(
     std: Std = None,
     resize: Resize = None,
 ) -> None:
-    """Tell what of a model has a rule, and check that its maps hold up."""
-    with _told():
+    """List the rule of each operator of a model, and check its maps."""
+    with report_errors():
         network = _load(model, weights, size, mean, std, resize)
         from . import doctor as examination
 
@@ -150,63 +151,61 @@ def bench(
     weights: Weights = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="COCO-layout, VOC, ImageNet or class folders; none: bundled scenes.", metavar="PATH"),
+        typer.Option(help="COCO-layout, VOC, ImageNet or class folders. Default: bundled scenes.", metavar="PATH"),
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas between; none: all that are installed but smoothgrad, "
+            help="Names, separated by commas. Default: all that are installed except smoothgrad, "
             "integrated-gradients, occlusion, rise.",
             metavar="A,B",
         ),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="Names with commas between; none: those that need nothing but a map.", metavar="A,B"),
+        typer.Option(help="Names, separated by commas. Default: those that need only a map.", metavar="A,B"),
     ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(
-            help="Judge maps that lie here as <picture>_<class>.npy too, or in folders of such, one a method.",
+            help="Evaluate precomputed maps too: <image>_<class>.npy in this folder, or in a folder for each method.",
             metavar="DIR",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="The first N pictures; none: all, of the bundled scenes 100.", metavar="N", min=1)
+        int | None,
+        typer.Option(help="The first N images. Default: all, or 100 of the bundled scenes.", metavar="N", min=1),
     ] = None,
-    pictures: Annotated[
+    images: Annotated[
         str | None,
-        typer.Option(help='Which pictures, as a Python slice: "1::2" for every other one.', metavar="SLICE"),
+        typer.Option(help='A Python slice of the images: "1::2" takes every other one.', metavar="SLICE"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn at random.", metavar="N", min=0)] = 0,
-    batch_size: Annotated[
-        int, typer.Option(help="Pictures that go through the network at once.", metavar="N", min=1)
-    ] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed.", metavar="N", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in one forward.", metavar="N", min=1)] = 8,
     out: Annotated[Path, typer.Option(help="Folder for records and results.", metavar="DIR")] = Path("tsgb-bench"),
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
     resize: Resize = None,
 ) -> None:
-    """Judge saliency methods side by side on the same annotated pictures.
+    """Evaluate saliency methods on the same annotated images.
 
-    Methods: tsgb, tsgb-pixels, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad,
+    Methods: tsgb-fused (also tsgb), tsgb-pixels, tsgb-paper, gradcam, layercam, gradient, inputxgradient, smoothgrad,
     integrated-gradients, guided, deconvnet, guided-gradcam, ebp, cebp, deeplift, lrp, occlusion, rise, center, random.
 
     Metrics: mask_ap, box_ap, grid_ap, pointing, energy, grid, box_accuracy, max_box_accuracy, insertion, deletion,
     cascade, random_logit, sensitivity, speed, memory.
 
-    Given maps are of the network's class, by its index, in the pixels of its input, and named as tsgb explain names
-    its own. The bundled scenes need nothing. A run that was killed goes on where it was when it is started again with
-    the same arguments. Exit status 1 if anything asked for was left out or failed, which the results name;
-    the rest stands.
+    Precomputed maps are in the pixels of the network's input and named as tsgb explain names its own, with the index of
+    the network's class. The bundled scenes need no data. A killed run resumes when it is started again with the same
+    arguments. Exit status 1 if anything requested was left out or failed; the results name it.
     """
     from . import bench as benches
 
-    with _told("interrupted: the same arguments go on where it was"):
+    with report_errors("interrupted: the same arguments resume the bench"):
         job = benches.job(
             load=_loading(model, weights, size, mean, std, resize), data=data, methods=_words(methods),
-            metrics=_words(metrics), maps=maps, seed=seed, batch_size=batch_size, out=out, pictures=pictures,
+            metrics=_words(metrics), maps=maps, seed=seed, batch_size=batch_size, out=out, images=images,
         )  # fmt: skip
         limit = 100 if limit is None and data is None else limit
         found = benches.run(job, limit, begun=_progress)
@@ -232,19 +231,19 @@ def _progress(count: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield _lines_of(count)
         return
-    with typer.progressbar(length=count, file=sys.stderr, label="judging", hidden=not count) as bar:
+    with typer.progressbar(length=count, file=sys.stderr, label="evaluating", hidden=not count) as bar:
         yield bar.update
 
 
 def _lines_of(count: int) -> Callable[[int], None]:
-    """Progress for a log: a line whenever another tenth is done."""
+    """Report progress in a log: one line for each tenth."""
     done = 0
 
     def update(more: int) -> None:
         nonlocal done
         before, done = done, done + more
         if 10 * before // count < 10 * done // count:
-            typer.echo(f"judged {done} of {count}", err=True)
+            typer.echo(f"evaluated {done} of {count}", err=True)
 
     return update
 
@@ -305,20 +304,20 @@ def _scene_classes() -> tuple[str, ...]:
 
 @contextmanager
 def _scene(out: Path) -> Iterator[tuple[list[Path], tuple[int, ...]]]:
-    """Write the bundled scene to the output folder and name its classes; take it away if it cannot be explained."""
+    """Write the bundled scene to the output folder and yield its classes; remove it if it cannot be explained."""
     import numpy as np
     from PIL import Image
 
-    from . import pictures, render, scenes
+    from . import images, render, scenes
 
     seed, size = SCENE
     scene, path, had_folder = scenes.render(seed, count=2, size=size), out / "scene.png", out.exists()
     if path.exists():
-        if not np.array_equal(np.asarray(pictures.read(path)), scene.picture):
-            raise ValueError(f"{path} is another picture, which the bundled scene would replace: choose another --out")
+        if not np.array_equal(np.asarray(images.read(path)), scene.image):
+            raise ValueError(f"{path} is another image, which the bundled scene would replace: choose another --out")
         yield [path], scene.classes
         return
-    render.save(Image.fromarray(scene.picture), path)
+    render.save(Image.fromarray(scene.image), path)
     try:
         yield [path], scene.classes
     except BaseException:
@@ -330,15 +329,15 @@ def _scene(out: Path) -> Iterator[tuple[list[Path], tuple[int, ...]]]:
 
 
 def _sample(network: Any) -> Any:
-    """Two pictures that any network takes: a bundled scene, and the same in other colours and upside down."""
+    """Make two images that any network takes: a bundled scene, and the same in other colours and upside down."""
     import torch
     from PIL import Image
 
     from . import scenes
 
-    picture = Image.fromarray(scenes.render(SCENE[0], count=2, size=SCENE[1]).picture)
-    other = Image.merge("RGB", picture.split()[::-1]).transpose(Image.Transpose.ROTATE_180)
-    images = torch.stack([network.preprocessing.tensor(shown) for shown in (picture, other)])
+    image = Image.fromarray(scenes.render(SCENE[0], count=2, size=SCENE[1]).image)
+    other = Image.merge("RGB", image.split()[::-1]).transpose(Image.Transpose.ROTATE_180)
+    images = torch.stack([network.preprocessing.tensor(shown) for shown in (image, other)])
     held = next(network.model.parameters(), images)
     return images.to(held.device, held.dtype)
 
@@ -354,8 +353,8 @@ def _lines(entries: list[dict[str, Any]], out: Path) -> list[str]:
 
 
 @contextmanager
-def _told(interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn what a user can mend into one line on standard error and exit status 1."""
+def report_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """Report an error as one line on standard error, and exit with status 1."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Examine a model: what of it has a rule, and do its maps hold up."""
+"""Examine a model: which operators have a rule, and whether its maps pass six checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # of a map's norm, for the rest of the batch, in float32
 
 @dataclass(frozen=True)
 class Check:
-    """One question to a model's maps: its name, whether it holds, and what was seen."""
+    """One check of a model's maps: its name, whether it passed, and what was observed."""
 
     name: str
     passed: bool
@@ -36,8 +36,8 @@ class Diagnosis:
     checks: list[Check]
 
 
-def examine(model: nn.Module, images: Tensor, table: rules.Table = rules.DEFAULT) -> Diagnosis:
-    """Explain some images and check that the maps hold up.
+def examine(model: nn.Module, images: Tensor, table: rules.Table = rules.FUSED) -> Diagnosis:
+    """Explain some images and check the maps.
 
     Args:
         model: a module in evaluation mode.
@@ -83,7 +83,7 @@ def examine(model: nn.Module, images: Tensor, table: rules.Table = rules.DEFAULT
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """A digest of all that an explanation must leave as it is."""
+    """Hash everything that an explanation must not change."""
     digest = hashlib.sha256()
 
     def add(*values: Any) -> None:

@@ -37,7 +37,7 @@ class Explanation:
         why_empty: N lists of K, for a map without positive values the reason, else None.
         f: the number f of the head's rule, None where the rules have none.
         images: the input (or tuple of inputs) explained, as it was given.
-        of_all_depths: whether the maps are made of the relevance of all depths, as `DEFAULT` asks. Else they are the
+        of_all_depths: whether the maps are made of the relevance of all depths, as `FUSED` asks. Else they are the
             pixels' own: under other rules, of several inputs, and where no convolution shares anything on their grid.
     """
 
@@ -57,8 +57,8 @@ class Explanation:
 
     def overlay(
         self,
-        picture: Image.Image | str | Path | None = None,
-        image: int = 0,
+        image: Image.Image | str | Path | None = None,
+        index: int = 0,
         target: int = 0,
         *,
         colormap: str = "jet",
@@ -66,28 +66,28 @@ class Explanation:
         scale: float | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> Image.Image:
-        """Lay one map over its picture; of a series or a volume, over the input itself.
+        """Lay one map over its original image; of a series or a volume, over the input itself.
 
         A series (C, L) is drawn over the colours of its map, see `tsgb.plots.series`; of a volume (C, D, H, W) the
         slices are shown side by side, see `tsgb.plots.montage`.
 
         Args:
-            picture: the picture that the input was made of (a Pillow image or a file), of any size; None shows the
-                input itself, stretched to the range of its own values.
-            image: index of the image, 0..N-1. ``target``: index of the target, 0..K-1.
+            image: the original of the input (a Pillow image or a file), of any size. By default, the input itself is
+                shown, stretched to the range of its own values.
+            index: of the image, 0..N-1. ``target``: index of the target, 0..K-1.
             colormap: "jet", "viridis", or "bwr" for the signed map.
             alpha: opacity of the strongest evidence, 0..1.
-            scale: the value that gets the full colour; None takes the map's 99th percentile.
-            preprocessing: what made the image of the picture, as ``network.preprocessing``. None: it was squashed to
-                the network's size, of which a warning tells if that changed the picture's shape.
+            scale: the value that gets the full colour, by default the map's 99th percentile.
+            preprocessing: how the input was made of the original, as ``network.preprocessing``. By default, squashed to
+                the network's size; a warning says if that changed the shape.
 
         Returns:
-            RGB picture, of the size of ``picture``.
+            An RGB image of the size of ``image``.
 
         Raises:
-            ValueError: the maps have no one to three dimensions, a picture is given for a series or a volume, or a
-                preprocessing of another size or without a picture. IndexError: no such image or target. TypeError: an
-                index that is no integer, a picture that is neither.
+            ValueError: the maps have no one to three dimensions, an image is given for a series or a volume, or a
+                preprocessing of another size or without an image. IndexError: no such index or target. TypeError: an
+                index is no integer, or the image is neither a Pillow image nor a file.
 
         Example:
             >>> import torch, tsgb
@@ -97,16 +97,16 @@ class Explanation:
         """
         from . import plots, render
 
-        self._check_place(image, target)
+        self._check_place(index, target)
         maps, images = (value[0] if isinstance(value, tuple) else value for value in (self.maps, self.images))
         if maps.dim() in (3, 5):
-            if picture is not None or preprocessing is not None:
-                raise ValueError(f"a picture can be given for maps (N, K, H, W) alone, got {tuple(maps.shape)}")
+            if image is not None or preprocessing is not None:
+                raise ValueError(f"an image can be given for maps (N, K, H, W) alone, got {tuple(maps.shape)}")
             draw = plots.series if maps.dim() == 3 else plots.montage
-            shown = images[image].detach().float().cpu().numpy(), maps[image, target].cpu().numpy()
+            shown = images[index].detach().float().cpu().numpy(), maps[index, target].cpu().numpy()
             return draw(*shown, colormap=colormap, alpha=alpha, scale=scale)
-        below, map = self._picture(image, picture), self._map(image, target)
-        way = self._way(preprocessing, picture is not None)
+        below, map = self._image(index, image), self._map(index, target)
+        way = self._way(preprocessing, image is not None)
         if preprocessing is None:
             _tell_if_distorted(below.size, way)
         laid = way.restore(map, below.size)
@@ -115,21 +115,21 @@ class Explanation:
     def save(
         self,
         folder: str | Path,
-        pictures: Sequence[Image.Image | str | Path] | None = None,
+        images: Sequence[Image.Image | str | Path] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> list[Path]:
         """Write every map as an overlay and as an array: ``<image>_<class>.png`` and ``.npy``.
 
         Args:
             folder: where to; made if missing. Files of the same name are replaced, each as a whole.
-            pictures: one picture an image, as in `overlay`; their files' stems name the files, else the image's index.
+            images: the original of each input, as in `overlay`; file names start with their stems, else with the index.
             preprocessing: as in `overlay`.
 
         Returns:
             The paths written.
 
         Raises:
-            ValueError: not one picture an image. OSError: the folder cannot be written.
+            ValueError: not as many images as inputs. OSError: the folder cannot be written.
 
         Example:
             >>> import tempfile, torch, tsgb
@@ -143,12 +143,12 @@ class Explanation:
         from . import render
 
         count, k = self.targets.shape
-        if pictures is not None and len(pictures) != count:
-            raise ValueError(f"pictures must be one an image, {count}, got {len(pictures)}")
+        if images is not None and len(images) != count:
+            raise ValueError(f"images must be {count}, one for each input, got {len(images)}")
         maps = self.maps[0] if isinstance(self.maps, tuple) else self.maps
-        shown = [self._picture(n, picture) for n, picture in enumerate(pictures)] if pictures else [None] * count
+        shown = [self._image(n, image) for n, image in enumerate(images)] if images else [None] * count
         written = []
-        for n, stem in enumerate(_stems(pictures, count)):
+        for n, stem in enumerate(_stems(images, count)):
             for j in range(k):
                 label = str(int(self.targets[n, j])) if self.targets[n, j] >= 0 else "target"
                 png, npy = (Path(folder) / f"{stem}_{label}.{kind}" for kind in ("png", "npy"))
@@ -161,184 +161,184 @@ class Explanation:
         self,
         threshold: float | Literal["mean"] = "mean",
         component: Literal["largest", "all"] = "largest",
-        pictures: Sequence[Image.Image | str | Path | tuple[int, int]] | None = None,
+        images: Sequence[Image.Image | str | Path | tuple[int, int]] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> list[list[Any]]:
-        """Draw boxes around each map's evidence, in the pixels of the original pictures.
+        """Draw boxes around each map's evidence, in the pixels of the original images.
 
         They are found in the network's pixels, see `tsgb.regions.boxes`, and carried over.
 
         Args:
             threshold: evidence above it counts: "mean", of the map's positive part, or 0..1, the share of its maximum.
             component: "largest", the connected piece of the most pixels, or "all".
-            pictures: the original of each image: a Pillow image, a file, or its (width, height) in pixels. None keeps
-                to the network's pixels.
-            preprocessing: what made the images of the pictures. None: each was squashed to the network's size, of which
-                a warning tells if that changed its shape.
+            images: the original of each input: a Pillow image, a file, or its (width, height) in pixels. By default,
+                boxes are in the network's pixels.
+            preprocessing: how the inputs were made of the originals. By default, each was squashed to the network's
+                size; a warning says if that changed its shape.
 
         Returns:
             N lists of K float64 arrays (n, 4): left, upper, right, lower edge in pixels, the largest piece first; (0,
-            4) for a map without positive values. Boxes end where the picture ends.
+            4) for a map without positive values. Boxes end where the image ends.
 
         Raises:
-            ValueError: the maps are not two-dimensional or not finite, an argument is none of the above, not one
-            picture an image, or a preprocessing of another size. PictureError: a file cannot be read.
+            ValueError: the maps are not two-dimensional or not finite, an argument is none of the above, not as
+            many images as inputs, or a preprocessing of another size. ImageError: a file cannot be read.
 
         Example:
             >>> import torch, tsgb
             >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
-            >>> e.boxes(pictures=[(512, 512)])[0][0].shape
+            >>> e.boxes(images=[(512, 512)])[0][0].shape
             (1, 4)
         """
         from . import regions
 
-        ways = self._ways(pictures, preprocessing)
+        ways = self._ways(images, preprocessing)
         found = [[regions.boxes(map, threshold, component) for map in self._arrays(n)] for n in range(len(ways))]
         return [
-            [_clipped(way.to_picture(each, size), size) for each in row]
+            [_clipped(way.to_image(each, size), size) for each in row]
             for row, (way, size) in zip(found, ways, strict=True)
         ]
 
     def mask(
         self,
         threshold: float | Literal["mean"] = "mean",
-        pictures: Sequence[Image.Image | str | Path | tuple[int, int]] | None = None,
+        images: Sequence[Image.Image | str | Path | tuple[int, int]] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> list[list[Any]]:
-        """Mark where each map's evidence exceeds a threshold, in the pixels of the original pictures.
+        """Mark where each map's evidence exceeds a threshold, in the pixels of the original images.
 
-        It is found in the network's pixels, see `tsgb.regions.mask`, and each pixel of the picture takes what the
+        It is found in the network's pixels, see `tsgb.regions.mask`, and each pixel of the image takes what the
         network's pixel at its centre has.
 
         Args:
-            threshold, pictures, preprocessing: as for `boxes`.
+            threshold, images, preprocessing: as for `boxes`.
 
         Returns:
-            N lists of K bool arrays (height, width); False where the network did not see the picture.
+            N lists of K bool arrays (height, width); False where the network did not see the image.
 
         Raises:
-            ValueError, PictureError: as for `boxes`.
+            ValueError, ImageError: as for `boxes`.
 
         Example:
             >>> import torch, tsgb
             >>> e = tsgb.explain(tsgb.load("bundled").model, torch.rand(1, 3, 128, 128))
-            >>> e.mask(pictures=[(512, 512)])[0][0].shape
+            >>> e.mask(images=[(512, 512)])[0][0].shape
             (512, 512)
         """
         from . import regions
 
-        ways = self._ways(pictures, preprocessing)
+        ways = self._ways(images, preprocessing)
         return [
             [_carried(regions.mask(map, threshold), way, size) for map in self._arrays(n)]
             for n, (way, size) in enumerate(ways)
         ]
 
-    def _arrays(self, image: int) -> list[Any]:
+    def _arrays(self, index: int) -> list[Any]:
         """All maps of one image, in the network's pixels."""
-        return [self._map(image, target) for target in range(self.targets.shape[1])]
+        return [self._map(index, target) for target in range(self.targets.shape[1])]
 
-    def _ways(self, pictures: Any, preprocessing: Preprocessing | None) -> list[tuple[Preprocessing, tuple[int, int]]]:
-        """For each image the preprocessing that leads back to its picture, and the picture's (width, height)."""
-        way = self._way(preprocessing, pictures is not None)
-        if pictures is None:
+    def _ways(self, images: Any, preprocessing: Preprocessing | None) -> list[tuple[Preprocessing, tuple[int, int]]]:
+        """For each input the preprocessing that leads back to its original, and its (width, height)."""
+        way = self._way(preprocessing, images is not None)
+        if images is None:
             return [(way, way.size[::-1])] * len(self.targets)
-        got = len(pictures) if isinstance(pictures, (list, tuple)) else type(pictures).__name__
+        got = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
         if got != len(self.targets):
-            raise ValueError(f"pictures must be a list of one an image, {len(self.targets)}, got {got}")
-        sizes = [_size(picture) for picture in pictures]
+            raise ValueError(f"images must be a list of {len(self.targets)}, one for each input, got {got}")
+        sizes = [_size(image) for image in images]
         for size in sizes if preprocessing is None else ():
             _tell_if_distorted(size, way)
         return [(way, size) for size in sizes]
 
-    def _way(self, preprocessing: Preprocessing | None, has_pictures: bool) -> Preprocessing:
-        """The preprocessing that leads from the maps back to pictures: as given, or squashed."""
+    def _way(self, preprocessing: Preprocessing | None, has_images: bool) -> Preprocessing:
+        """The preprocessing that leads from the maps back to the originals: as given, or squashed."""
         from .preprocessing import Preprocessing
 
-        if preprocessing is not None and not has_pictures:
-            raise ValueError("preprocessing leads back to pictures; give pictures too, one an image")
+        if preprocessing is not None and not has_images:
+            raise ValueError("preprocessing needs the original images too, one for each input")
         height, width = self._drawable().shape[2:]
         way = preprocessing or Preprocessing(size=(height, width))
         if way.size != (height, width):
             raise ValueError(f"preprocessing must be of the maps' size {(height, width)}, got {way.size}")
         return way
 
-    def _check_place(self, image: int, target: int) -> None:
+    def _check_place(self, index: int, target: int) -> None:
         """Refuse the index of an image or a target that there is none of; targets are counted, not named by class."""
-        for name, index in (("image", image), ("target", target)):
-            if not hasattr(index, "__index__"):
-                raise TypeError(f"{name} counts those asked for, 0 for the first, got {index!r}")
+        for name, value in (("index", index), ("target", target)):
+            if not hasattr(value, "__index__"):
+                raise TypeError(f"{name} counts those asked for, 0 for the first, got {value!r}")
         count, k = self.targets.shape
-        if not (-count <= image < count and -k <= target < k):
-            classes = self.targets[image].tolist() if -count <= image < count else self.targets.tolist()
+        if not (-count <= index < count and -k <= target < k):
+            classes = self.targets[index].tolist() if -count <= index < count else self.targets.tolist()
             raise IndexError(
-                f"image must be below {count} and target, which counts the classes asked for, {classes}, below {k}; "
-                f"got image={image}, target={target}"
+                f"index must be below {count} and target, which counts the classes asked for, {classes}, below {k}; "
+                f"got index={index}, target={target}"
             )
 
-    def _map(self, image: int, target: int) -> Any:
+    def _map(self, index: int, target: int) -> Any:
         """One map, in the network's pixels."""
-        return self._drawable()[image, target].cpu().numpy()
+        return self._drawable()[index, target].cpu().numpy()
 
     def _drawable(self) -> Tensor:
         """The maps (N, K, H, W), of several inputs those of the first."""
         maps: Tensor = self.maps[0] if isinstance(self.maps, tuple) else self.maps
         if maps.dim() != 4:
-            raise ValueError(f"overlays on pictures, boxes and masks are of maps (N, K, H, W), got {tuple(maps.shape)}")
+            raise ValueError(f"overlays on images, boxes and masks are of maps (N, K, H, W), got {tuple(maps.shape)}")
         return maps
 
-    def _picture(self, image: int, picture: Any) -> Image.Image:
-        """The picture to draw on: as given, read from a file, or made from the input."""
+    def _image(self, index: int, image: Any) -> Image.Image:
+        """The image to draw on: as given, read from a file, or made from the input."""
         from pathlib import Path
 
         from PIL import Image
 
-        if isinstance(picture, Image.Image):
-            return picture.convert("RGB")
-        if isinstance(picture, (str, Path)):
-            from . import pictures
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if isinstance(image, (str, Path)):
+            from .images import read
 
-            return pictures.read(picture)
-        if picture is not None:
-            raise TypeError(f"picture must be a Pillow image or a file, got {type(picture).__name__}")
+            return read(image)
+        if image is not None:
+            raise TypeError(f"image must be a Pillow image or a file, got {type(image).__name__}")
         images = self.images[0] if isinstance(self.images, tuple) else self.images
-        values = images[image].detach().float().cpu()
+        values = images[index].detach().float().cpu()
         span = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
         channels = span if len(span) == 3 else span.mean(0, keepdim=True).expand(3, *span.shape[1:])
         return Image.fromarray((channels * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _stems(pictures: Sequence[Any] | None, count: int) -> list[str]:
-    """File stems for the images: their pictures' where all are files, else their indices."""
+def _stems(images: Sequence[Any] | None, count: int) -> list[str]:
+    """File stems for the inputs: those of their originals where all are files, else their indices."""
     from pathlib import Path
 
-    if pictures is None or not all(isinstance(picture, (str, Path)) for picture in pictures):
+    if images is None or not all(isinstance(image, (str, Path)) for image in images):
         return [str(n) for n in range(count)]
-    from .pictures import labels
+    from .images import labels
 
-    return labels([Path(picture) for picture in pictures])
+    return labels([Path(image) for image in images])
 
 
-def _size(picture: Any) -> tuple[int, int]:
-    """Width and height of a picture, of a picture file, or as they are given."""
+def _size(image: Any) -> tuple[int, int]:
+    """Width and height of an image, of an image file, or as they are given."""
     from pathlib import Path
 
     from PIL import Image
 
-    from . import pictures
+    from .images import read
 
-    size = pictures.read(picture).size if isinstance(picture, (str, Path)) else picture
+    size = read(image).size if isinstance(image, (str, Path)) else image
     size = size.size if isinstance(size, Image.Image) else size
     if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(_counts(n) for n in size)):
-        raise ValueError(f"pictures must be Pillow images, files, or (width, height), at least 1, got {picture!r}")
+        raise ValueError(f"images must be Pillow images, files, or (width, height), at least 1, got {image!r}")
     return int(size[0]), int(size[1])
 
 
 def _tell_if_distorted(size: tuple[int, int], way: Preprocessing) -> None:
-    """Warn where a picture (width, height) is taken as squashed though it may have been cropped."""
+    """Warn where an image (width, height) is taken as squashed though it may have been cropped."""
     height, width = way.size
     if abs(size[0] * height / (size[1] * width) - 1) > 0.02:
         warnings.warn(
-            f"a picture of {size[0]} x {size[1]} pixels is taken as squashed to the network's {width} x {height}; if "
+            f"an image of {size[0]} x {size[1]} pixels is taken as squashed to the network's {width} x {height}; if "
             "it was cropped, the map lies elsewhere: say which by preprocessing=, a tsgb.preprocessing.Preprocessing",
             stacklevel=4,
         )
@@ -350,13 +350,13 @@ def _counts(number: Any) -> bool:
 
 
 def _clipped(boxes: Any, size: tuple[int, int]) -> Any:
-    """What of the boxes lies in a picture (width, height); a crop may have filled up beyond it."""
+    """What of the boxes lies in an image (width, height); a crop may have filled up beyond it."""
     clipped = boxes.clip(0, (*size, *size))
     return clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)]
 
 
 def _carried(mask: Any, way: Preprocessing, size: tuple[int, int]) -> Any:
-    """A mask of the network's pixels at the centres of the pixels of a picture (width, height)."""
+    """A mask of the network's pixels at the centres of the pixels of an image (width, height)."""
     import numpy as np
 
     centres = np.arange(max(size))[:, None] + np.full(4, 0.5)

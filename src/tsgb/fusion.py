@@ -30,13 +30,12 @@ class Fusion:
     """
 
     rivals: int = 20  # the classes of the highest logits, which a requested class may have to compete with
-    alike: float = 0.5  # the correlation of evidence above which a class is a sibling, no rival
-    temperature: float = 4.0  # the sharpness of the competition, in logits
+    alike: float = 0.6  # the correlation of evidence from which a class is a sibling, no rival at all
     floor: float = 0.3  # the share that a class keeps where a rival claims everything
     side: int = 64  # the resolution at which depths are fused
     halo: float = 0.2  # the height of the halo around the evidence, relative to the peak
     reach: float = 8.0  # the standard deviation of the halo
-    radius: int = 5  # the radius of the guided filter's window
+    radius: int = 6  # the radius of the guided filter's window
     noise: float = 0.02  # the guided filter's epsilon: variances of the image below it count as noise
 
 
@@ -45,20 +44,20 @@ def competition_gate(evidence: Tensor, requested: int, fusion: Fusion) -> Tensor
 
     ::
 
-        l_k(p) = positions * c_k(p) / temperature            (the logit, if all positions spoke as p does)
-        w_r = clamp(1 - corr(c_r, c_k) / alike, 0, 1)         (how far class r is a rival of k, not a sibling)
+        l_k(p) = positions * c_k(p)                      (the logit, if all positions spoke as p does)
+        w_r = clamp(1 - corr(c_r, c_k) / alike, 0, 1)    (how far class r is a rival of k, not a sibling)
         share_k(p) = exp l_k(p) / (exp l_k(p) + sum over r of w_r exp l_r(p))
         gate_k = floor + (1 - floor) share_k
 
-    ``c_k`` is the evidence for class k: its relevance, summed over the channels. A class whose evidence lies at the same
-    positions, such as another breed of dog, is a sibling. It would close the gate over the object itself. Evidence that
-    is the same at all positions correlates with nothing.
+    ``c_k`` is the evidence for class k: its relevance, summed over the channels. A class whose evidence lies at the
+    same positions, such as another breed of dog, is a sibling. It would close the gate over the object itself. Evidence
+    that is the same at all positions correlates with nothing.
 
     Args:
         evidence: (K + R, N, *positions), any sign: of the requested classes, then of the classes that may be rivals. A
             requested class may be among these.
         requested: K.
-        fusion: its ``alike``, ``temperature`` and ``floor`` are read.
+        fusion: its ``alike`` and ``floor`` are read.
 
     Returns:
         (K, N, *positions), from ``floor`` to 1.
@@ -71,7 +70,7 @@ def competition_gate(evidence: Tensor, requested: int, fusion: Fusion) -> Tensor
         tensor([[[1., 1.]]])
     """
     maps = evidence.flatten(2)
-    logits = maps * (maps.shape[2] / fusion.temperature)
+    logits = maps * maps.shape[2]
     unit = _standardized(maps)[2] / maps.shape[2] ** 0.5
     likeness = torch.einsum("knp,rnp->krn", unit[:requested], unit[requested:])
     rivalry = (1 - likeness / fusion.alike).clamp(0, 1)
@@ -91,15 +90,15 @@ def fused_map(
         map = a max(m, 0) + b min(m, 0),    a = evidence_for / sum max(m, 0)
         b = min(a, |evidence_against| / sum |min(m, 0)|)        (without a where that is 0)
 
-    So the positive values sum to the evidence for the class, and the negative values to no more than the evidence against
-    it. If all evidence is against a class, its map shows what speaks against it, in negative values.
+    So the positive values sum to the evidence for the class, and the negative values to no more than the evidence
+    against it. If all evidence is against a class, its map shows what speaks against it, in negative values.
 
     Args:
         fields: each (K, N, *positions), what a convolution shares. Fields of other dimensions or images are ignored.
         evidence: (2, K, N), the evidence for and against each class that passed the gates, summed over the positions.
         image: (N, C, *size).
         fusion: the numbers of the fusion.
-        per_channel: whether to divide each pixel among the channels of the image, in proportion to their absolute values.
+        per_channel: whether to divide each pixel among the image's channels, in proportion to their absolute values.
 
     Returns:
         (K, N, *size), or (K, N, C, *size) per channel. None if there is no field, or no evidence of these images.
@@ -115,7 +114,7 @@ def fused_map(
         return None
     speaks_for, against = _broadcast(evidence.to(image.device), image)
     sign = _sign(speaks_for)
-    total, flip = _fused([total * sign for total in _summed(fields)], image, fusion)
+    total, flip = _fused(_octaves(fields, image, fusion) * sign, image, fusion)
     total = total * (flip * sign)
     spatial = tuple(range(2, image.dim()))
     raised = speaks_for / total.clamp(min=0).sum(spatial, keepdim=True).clamp(min=_TINY)
@@ -136,13 +135,14 @@ def fuse_depths(fields: Sequence[Tensor], image: Tensor, fusion: Fusion) -> Tens
     ::
 
         F_s = sum of the fields of octave s            (each resized to the grid, of the same sum)
-        M = mean over s of F_s / max F_s               t = M / max M
-        v = t + halo * G(t) / max G(t)                 map = max(guided(v), min(v, 0))
+        M = sum over s of F_s / max F_s        t = M / max M        v = t + halo * G(t) / max G(t)
+        map = max(guided(v), min(v, 0)), times 1 + max(t, 0)
 
-    The grid has ``side ** d`` positions for d spatial dimensions, in the image's aspect ratio. Octave s holds the sizes that
-    are nearest to the grid's divided by 2 ** s; octave 0 also holds all finer sizes. ``G`` is a Gaussian of the standard
-    deviation ``reach``, of positive values alone. The guided filter moves the map's borders to those of the image. Where
-    no field of a class is positive anywhere, the formula is applied to the negated fields, and the map negated.
+    The grid has about ``side ** d`` positions for d spatial dimensions, in the image's aspect ratio. Octave s holds the
+    sizes that are nearest to the grid's divided by 2 ** s; octave 0 also holds all finer sizes. ``G`` is a Gaussian of
+    the standard deviation ``reach``, of positive values alone. The guided filter moves the map's borders to those of
+    the image, but levels its peak, which the last factor restores (on the grid). Where no field of a class is positive,
+    the formula is applied to the negated fields, and the map negated.
 
     Sources: the mean over depths is the project's own; He, Sun, Tang, "Guided image filtering", IEEE TPAMI 2013.
 
@@ -163,44 +163,40 @@ def fuse_depths(fields: Sequence[Tensor], image: Tensor, fusion: Fusion) -> Tens
     """
     if not fields:
         raise ValueError("fuse_depths needs at least one field (K, N, *positions), got none")
-    total, flip = _fused(_summed(fields), image, fusion)
+    total, flip = _fused(_octaves(fields, image, fusion), image, fusion)
     return total * flip
 
 
-def _fused(fields: Sequence[Tensor], image: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
-    """The map of `fuse_depths` before it is negated, and the sign (K, N, 1, ...) to multiply it by."""
+def _octaves(fields: Sequence[Tensor], image: Tensor, fusion: Fusion) -> Tensor:
+    """Fields (K, N, *positions) on the grid, those of one octave added up: (octaves, K, N, *grid)."""
     size = image.shape[2:]
     scale = fusion.side / math.prod(size) ** (1 / len(size))
-    grid = tuple(max(1, round(n * scale)) for n in size)
-    octaves = _octaves(fields, grid)
-    spatial = tuple(range(-len(grid), 0))
-    flip = _sign(octaves.amax((0, *spatial), keepdim=True)[0])
-    total = _over_largest(_over_largest(octaves * flip, spatial).sum(0), spatial)
-    gaussian = _windows(total, lambda x: torch.erf(x / (fusion.reach * 2**0.5)))
-    around = _smoothed(total.clamp(min=0), gaussian)
-    value = torch.add(total, _over_largest(around, spatial), alpha=fusion.halo)
-    image = image.to(value.dtype)
-    image = image if image.shape[1] <= 2 * fusion.radius + 1 else image.mean(1, keepdim=True)
-    planes = torch.cat([_guided_filter_fit(value, image, fusion), value.clamp(max=0)[None]])
-    chunk = max(1, _CHUNK // (len(image) * size.numel()))
-    return torch.cat([_guided_filter_apply(part, image) for part in planes.split(chunk, 1)]), flip
-
-
-def _summed(fields: Sequence[Tensor]) -> list[Tensor]:
+    grid = [max(1, round(n * scale)) for n in size]
     by_size: dict[tuple[int, ...], list[Tensor]] = {}
     for field in fields:
         by_size.setdefault(tuple(field.shape[2:]), []).append(field)
-    return [_total(same) for same in by_size.values()]
-
-
-def _octaves(fields: Sequence[Tensor], grid: tuple[int, ...]) -> Tensor:
-    """Fields (K, N, *positions) on the grid, those of one octave added up: (octaves, K, N, *grid)."""
     octaves: dict[int, list[Tensor]] = {}
-    for field in fields:
-        finer = math.prod(field.shape[2:]) / math.prod(grid)
+    for positions, same in by_size.items():
+        finer = math.prod(positions) / math.prod(grid)
         octave = max(0, round(-math.log2(finer) / len(grid)))
-        octaves.setdefault(octave, []).append(_resized(field, grid) * finer)
+        octaves.setdefault(octave, []).append(_resized(_total(same), grid) * finer)
     return torch.stack([_total(same) for same in octaves.values()])
+
+
+def _fused(octaves: Tensor, image: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
+    """The map of `fuse_depths` before it is negated, and the sign (K, N, 1, ...) to multiply it by."""
+    dims = image.dim() - 2
+    flip = _sign(octaves.amax((0, *range(-dims, 0)), keepdim=True)[0])
+    total = _over_largest(_over_largest(octaves * flip, dims).sum(0), dims)
+    gaussian = _windows(total, lambda x: torch.erf(x / (fusion.reach * 2**0.5)))
+    positive = total.clamp(min=0)
+    around = _over_largest(_smoothed(positive, gaussian), dims)
+    value = total.add(around, alpha=fusion.halo)
+    image = image.to(value.dtype)
+    image = image if image.shape[1] <= 2 * fusion.radius + 1 else image.mean(1, keepdim=True)
+    planes = torch.cat([_guided_filter_fit(value, image, fusion), value.clamp(max=0)[None]]) * (1 + positive)
+    chunk = max(1, _CHUNK // math.prod((len(image), *image.shape[2:])))
+    return torch.cat([_guided_filter_apply(part, image) for part in torch.split(planes, chunk, 1)]), flip
 
 
 def _total(maps: Sequence[Tensor]) -> Tensor:
@@ -218,30 +214,26 @@ def _guided_filter_fit(maps: Tensor, image: Tensor, fusion: Fusion) -> Tensor:
     position of b_w, then of a_w for each channel, both in terms of the channels as they are.
     """
     middle, spread, colors = (x.transpose(0, 1) for x in _standardized(_resized(image, maps.shape[2:])))
-    count = len(colors)
-    products = [colors, (colors[:, None] * colors).flatten(0, 1), maps, (colors[:, None] * maps).flatten(0, 1)]
+    count, targets = len(colors), torch.cat([colors, maps])
     box = _windows(maps, lambda x: (x / (fusion.radius + 0.5)).clamp(-1, 1))
-    parts = _smoothed(torch.cat(products), box).split([len(part) for part in products])
-    means, maps = parts[0], parts[2]
-    system = torch.cat([part.unflatten(0, (count, -1)) for part in parts[1::2]], 1)
-    system = system.addcmul(means[:, None], torch.cat([means, maps]), value=-1)
-    unit = torch.eye(count, dtype=maps.dtype, device=maps.device).reshape(count, count, *(1,) * (maps.dim() - 1))
-    system = system + functional.pad(unit, [0, 0] * (maps.dim() - 1) + [0, len(maps)]) * fusion.noise
-    for i in range(count):  # Gauss-Jordan elimination; a positive definite matrix needs no pivoting
+    means, products = _smoothed(torch.cat([targets[None], colors[:, None] * targets]), box).tensor_split([1])
+    unit = torch.eye(count, len(targets), dtype=maps.dtype, device=maps.device)
+    unit = unit.reshape(*unit.shape, *(1,) * (maps.dim() - 1))
+    system = (products + unit * fusion.noise).addcmul(means[0, :count, None], means, value=-1)
+    for i in range(count):  # Gauss-Jordan elimination: a positive definite matrix needs no pivoting
         pivot = system[i] / system[i, i]
         system = system.addcmul((system[:, i] - unit[:, i])[:, None], pivot, value=-1)
     slopes = system[:, count:]
-    offset = maps - (slopes * means[:, None]).sum(0)
-    planes = _smoothed(torch.cat([offset[None], slopes]), box)
-    slopes = planes[1:] / spread[:, None]
-    return torch.cat([(planes[0] - (slopes * middle[:, None]).sum(0))[None], slopes])
+    offset = means[:, count:] - (slopes * means[0, :count, None]).sum(0)
+    offset, slopes = _smoothed(torch.cat([offset, slopes]), box).tensor_split([1])
+    slopes = slopes / spread[:, None]
+    return torch.cat([offset - (slopes * middle[:, None]).sum(0), slopes])
 
 
 def _guided_filter_apply(planes: Tensor, image: Tensor) -> Tensor:
     """Apply the fit to the image at full size, and bound the result below by the last plane."""
-    offset, *slopes, least = _resized(planes.flatten(0, 1), image.shape[2:]).reshape(
-        *planes.shape[:3], *image.shape[2:]
-    )
+    size = image.shape[2:]
+    offset, *slopes, least = _resized(planes.flatten(0, 1), size).reshape(*planes.shape[:3], *size)
     for slope, color in zip(slopes, image.transpose(0, 1), strict=True):
         offset = offset.addcmul(slope, color)
     return torch.maximum(offset, least)
@@ -260,9 +252,9 @@ def _standardized(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return middle, spread, centered / spread
 
 
-def _over_largest(maps: Tensor, spatial: tuple[int, ...]) -> Tensor:
-    """Maps over their largest value; 0 where none is positive."""
-    largest = maps.amax(spatial, keepdim=True)
+def _over_largest(maps: Tensor, dims: int) -> Tensor:
+    """Maps (..., *grid) over their largest value; 0 where none is positive."""
+    largest = maps.amax(tuple(range(-dims, 0)), keepdim=True)
     return maps * ((largest > 0) / largest.clamp(min=_TINY))
 
 
@@ -279,8 +271,8 @@ def _broadcast(numbers: Tensor, image: Tensor) -> Tensor:
 def _windows(maps: Tensor, cumulative: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The weights (length, length) of a window around each position, for each dimension of maps (K, N, *grid).
 
-    ``cumulative`` rises from -1 to 1: twice a distribution function, less 1. Values at the border continue beyond it, so
-    the outermost positions get the weights of all that lies outside.
+    ``cumulative`` rises from -1 to 1: twice a distribution function, less 1. Values at the border continue beyond it,
+    so the outermost positions get the weights of all that lies outside.
     """
     windows = {}
     for length in maps.shape[2:]:

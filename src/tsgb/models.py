@@ -1,4 +1,4 @@
-"""What a model specification stands for: the network, how its pictures are prepared, the names of its classes.
+"""What a model specification stands for: the network, how its images are prepared, the names of its classes.
 
 `bundled` and `bundled-vgg` come with the package, `resnet50` is torchvision's, `timm:resnet50` timm's, and
 `path/file.py:factory` is what that function returns. Whatever is wrong with a specification or a weights file is a
@@ -36,7 +36,7 @@ class Network:
 
     Attributes:
         model: The network in eval mode.
-        preprocessing: How a picture becomes its input.
+        preprocessing: How an image becomes its input.
         names: Name of each class, by index; None where they are not known.
         spec: The specification as given.
         weights: What the weights are: a file's name, a URL, or words.
@@ -184,7 +184,7 @@ def _torchvision(spec: str, state: State | None) -> _Found:
 
 
 def _preset(transforms: Any) -> Preprocessing:
-    """Return the preprocessing of torchvision's own weights; those for segmentation take the whole picture."""
+    """Return the preprocessing of torchvision's own weights; those for segmentation take the whole image."""
     (side,), crop = transforms.resize_size, getattr(transforms, "crop_size", None)
     mean, std, interpolation = transforms.mean, transforms.std, transforms.interpolation.value
     if crop is None:
@@ -240,7 +240,7 @@ def _timm_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     try:
         return Preprocessing(size, config["mean"], config["std"], "crop" if crop else "squash", side, interpolation)
     except ValueError as error:
-        raise ModelError(f"timm's preprocessing for this network is not for RGB pictures: {error}") from error
+        raise ModelError(f"timm's preprocessing for this network is not for RGB images: {error}") from error
 
 
 def _changed(base: Preprocessing, changes: Mapping[str, Any]) -> Preprocessing:

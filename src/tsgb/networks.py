@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tsgb.scenes import CLASSES
 
-# What a picture must be before it enters either network: resized to size x size pixels, RGB divided by 255, less mean,
+# What an image must be before it enters either network: resized to size x size pixels, RGB divided by 255, less mean,
 # divided by std.
 INPUT: dict[str, Any] = {"size": 128, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -142,14 +142,14 @@ def bundled_vgg(pretrained: bool = True) -> BundledVGG:
     return _loaded(BundledVGG(), "bundled-vgg") if pretrained else BundledVGG().eval()
 
 
-def inputs(pictures: npt.NDArray[np.uint8]) -> Tensor:
-    """Turn pictures, (N, 128, 128, 3) uint8 RGB, into the (N, 3, 128, 128) float32 that the networks take.
+def inputs(images: npt.NDArray[np.uint8]) -> Tensor:
+    """Turn images, (N, 128, 128, 3) uint8 RGB, into the (N, 3, 128, 128) float32 that the networks take.
 
     >>> inputs(np.full((2, 128, 128, 3), 255, dtype=np.uint8)).unique()
     tensor([1.])
     """
     mean, std = torch.tensor(INPUT["mean"]), torch.tensor(INPUT["std"])
-    return ((torch.from_numpy(pictures) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def _loaded(network: Network, name: str) -> Network:

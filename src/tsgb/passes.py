@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from . import checks, fusion, targets
 from . import rules as rule_tables
@@ -21,7 +24,7 @@ from .engine.lookup import head_rules, rules_of
 from .engine.private import below_autograd, without_tape
 from .engine.provenance import storages_before
 from .engine.supported import CoverageError
-from .engine.tape import CHANNEL_SUM, PER_CHANNEL, Tape, Value
+from .engine.tape import CHANNEL_SUM, PER_CHANNEL, LayoutError, Tape, Value
 from .engine.terms import Cotangent, channel_sum, dense
 from .engine.walk import ApartError, FieldRecorder, gradient_at, walk
 from .explanation import Row
@@ -104,12 +107,37 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target) -> For
     Args:
         target: what `targets.prepare` returned.
     """
+    relays = keeps_hooks = True
+    with ExitStack() as hooks:
+        while True:  # again seldom, so that no other forward pays for it
+            try:
+                return _forward(request, inputs, target, relays)
+            except LayoutError:
+                relays = False
+            except RuntimeError as error:
+                is_known = re.search(r"register a hook on a tensor|retain_grad", str(error)) is not None
+                if not is_known or not keeps_hooks:
+                    raise
+                keeps_hooks = False
+                hooks.enter_context(_WithoutHooks())
+
+
+class _WithoutHooks(TorchFunctionMode):
+    """Leaves out hooks on gradients, of which there are none below autograd."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad"):
+            return RemovableHandle({})
+        return func(*args, **(kwargs or {}))
+
+
+def _forward(request: Request, inputs: tuple[Tensor, ...], target: Target, relays: bool) -> Forward:
     inputs = tuple(plain_tensor(x) for x in inputs)
     held = (request.args, request.kwargs, target if callable(target) else None)
     score = score_value = None
     needs = [PER_CHANNEL if request.per_channel or x.dim() < 3 else CHANNEL_SUM for x in inputs]
-    with recording(request.table, request.model, inputs, needs, held) as (tape, images):
-        output = _call(request.model, images, request.args, request.kwargs or {})
+    with recording(request.table, request.model, inputs, needs, held, relays) as (tape, images):
+        output = _call(tape, request.model, images, request.args, request.kwargs or {})
         logits = _logits_if_any(output)
         logits_value = None if logits is None else tape.value_of(logits)
         kept = None if logits is None else without_tape(logits)
@@ -123,18 +151,26 @@ def forward(request: Request, inputs: tuple[Tensor, ...], target: Target) -> For
 
 @contextmanager
 def recording(
-    table: rule_tables.Table, model: Callable[..., Any], inputs: Sequence[Tensor], needs: Sequence[str], held: Any = None
+    table: rule_tables.Table,
+    model: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    needs: Sequence[str],
+    held: Any = None,
+    relays: bool = False,
 ) -> Iterator[tuple[Tape, list[Tensor]]]:
     """Record the body, which runs the model on copies of the inputs.
 
     Args:
         needs: what is to arrive at each input, see `engine.tape`. ``held``: what else the model is given.
+        relays: whether images may lie in memory as is quickest.
 
     Yields:
         The tape, and the copies. `Tape.close` is the caller's, once the body has ended well.
     """
     tape = Tape(rules_of(table), head_rules(table), Gradient(None), storages_before(model, held))
-    copies = [x.clone(memory_format=_layout(x)) for x in inputs]
+    layouts = [_layout(x) if relays else torch.preserve_format for x in inputs]
+    tape.is_relaid = torch.channels_last in layouts
+    copies = [x.clone(memory_format=layout) for x, layout in zip(inputs, layouts, strict=True)]
     images = [tape.enter(x, need) for x, need in zip(copies, needs, strict=True)]
     try:
         with torch.inference_mode(False), below_autograd(), _without_autocast_cache(), tape:
@@ -170,6 +206,10 @@ def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Ru
             targets.find_logits(done.output)  # says what is missing
         score, source = done.logits, done.logits_value
     assert score is not None
+    if source is None and done.score is not None:
+        raise targets.TargetError(
+            "target=fn(output) must return scores that depend on the images through torch operators, got constants"
+        )
     source = checks.check_source(source, score, count)
     if done.score is None:
         indices = targets.resolve(target, score)
@@ -208,11 +248,11 @@ def _together(
     tape, count, classes = done.tape, len(done.inputs[0]), len(seeds)
     numbers: fusion.Fusion | None = request.table.get(rule_tables.FUSION)
     tape.recorder = recorder = None
-    if numbers is not None and len(done.inputs) == 1:
+    if numbers is not None:
         recorder = FieldRecorder(None, classes, 0, count)
         if score.dim() == 2 and score.shape[1] > 1 and (rows is not None or seeds.dim() == 3):
             rivals = score.topk(min(numbers.rivals, score.shape[1])).indices.T
-            mean = seeds.new_full((1, *score.shape), 1 / score.shape[1])
+            mean = (seeds[:1].sum(2, keepdim=True) / score.shape[1]).expand(1, *score.shape)
             seeds = torch.cat([seeds, _one_hot(rivals, score).to(seeds.dtype), mean])
             rows = None if rows is None else torch.cat([rows, rivals])
             recorder = FieldRecorder(partial(_gate, numbers), classes, len(rivals), count)
@@ -222,7 +262,7 @@ def _together(
     arrived_at = walk(tape, head.target, seeds.to(_wide(seeds.dtype)), head, classes, rows, frees=is_last)
     arrived = head.arrivals(classes, count)
     fused = None
-    if recorder is not None and numbers is not None:
+    if recorder is not None and numbers is not None and len(done.inputs) == 1:
         if count > 1 and not request.apart and recorder.is_apart_from(done.inputs[0]):
             raise ApartError(
                 "the model cuts its images apart along the batch, or copies them, so that several at once have no "
@@ -299,13 +339,15 @@ def _without_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def _call(model: Callable[..., Any], images: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(
+    tape: Tape, model: Callable[..., Any], images: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     try:
         with _as_written() if _is_compiled(model) else nullcontext():
             return model(*images, *args, **kwargs)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        if isinstance(error, CoverageError):
-            raise
+        if tape.refusal is not None:
+            raise tape.refusal from None
         raise_understood(error, model, images)
         raise
 

@@ -1,4 +1,4 @@
-"""Maps of one and of three dimensions as pictures: a series drawn over its evidence, and the slices of a volume."""
+"""Maps of one and of three dimensions as images: a series drawn over its evidence, and the slices of a volume."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def series(
         colormap, alpha, scale: as for `render.overlay`.
 
     Returns:
-        RGB picture, 640 to 1600 pixels wide, 96 high for each channel with 8 between.
+        RGB image, 640 to 1600 pixels wide, 96 high for each channel with 8 between.
 
     Raises:
         ValueError: the signal is not (C, L), the map not (L,), or another argument out of range.
@@ -56,8 +56,8 @@ def series(
     height = _GAP + len(values) * (_ROW + _GAP)
     below = Image.new("RGB", (columns, height), "white")
     scale = scale or render.full_scale(evidence, colormap) or None
-    picture = render.overlay(below, np.tile(shown, (height, 1)), colormap=colormap, alpha=alpha, scale=scale, sigma=0)
-    draw = ImageDraw.Draw(picture)
+    image = render.overlay(below, np.tile(shown, (height, 1)), colormap=colormap, alpha=alpha, scale=scale, sigma=0)
+    draw = ImageDraw.Draw(image)
     for row, channel in enumerate(values):
         low, span = float(channel.min()), float(np.ptp(channel)) or 1.0
         bottom = (row + 1) * (_ROW + _GAP)
@@ -67,7 +67,7 @@ def series(
             reach = part if last is None else [*part, last]  # joined to the column before
             draw.line([(x, min(reach)), (x, max(reach))], "black")
             last = part[0]
-    return picture
+    return image
 
 
 def montage(
@@ -88,7 +88,7 @@ def montage(
         colormap, alpha, scale: as for `render.overlay`.
 
     Returns:
-        RGB picture; slices smaller than 128 pixels are enlarged by a whole number.
+        RGB image; slices smaller than 128 pixels are enlarged by a whole number.
 
     Raises:
         ValueError: the volume is not (C, D, H, W), the map not (D, H, W), or another argument out of range.
@@ -102,7 +102,7 @@ def montage(
         raise ValueError(f"volume must be (C, D, H, W) and the map (D, H, W), got {values.shape} and {evidence.shape}")
     span = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
     channels = span if len(span) == 3 else np.repeat(span.mean(0, keepdims=True), 3, 0)
-    pictures = np.rint(255 * channels).astype(np.uint8).transpose(1, 2, 3, 0)
+    images = np.rint(255 * channels).astype(np.uint8).transpose(1, 2, 3, 0)
     depth, height, width = evidence.shape
     chosen = np.unique(np.linspace(0, depth - 1, min(depth, _SLICES)).round().astype(int))
     across = math.ceil(math.sqrt(len(chosen)))
@@ -112,8 +112,8 @@ def montage(
     draw, font = ImageDraw.Draw(result), ImageFont.load_default(_LABEL)
     scale = scale or render.full_scale(evidence, colormap) or None
     for place, number in enumerate(chosen):
-        picture = Image.fromarray(np.ascontiguousarray(pictures[number]))
-        shown = render.overlay(picture, evidence[number], colormap=colormap, alpha=alpha, scale=scale, sigma=0)
+        image = Image.fromarray(np.ascontiguousarray(images[number]))
+        shown = render.overlay(image, evidence[number], colormap=colormap, alpha=alpha, scale=scale, sigma=0)
         left, top = _GAP + place % across * cell[0], _GAP + place // across * cell[1]
         result.paste(shown.resize((cell[0] - _GAP, cell[1] - _GAP), Image.Resampling.NEAREST), (left, top))
         draw.text((left + 3, top + 2), str(number), "white", font, stroke_width=1, stroke_fill="black")

@@ -1,4 +1,4 @@
-"""From a picture to a network's input, and from a map of that input back to the picture's own pixels."""
+"""From an image to a network's input, and from a map of that input back to the image's own pixels."""
 
 import math
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
-_MAX_SCALED = 100_000_000  # pixels of the scaled picture; a line one pixel high would else be scaled to gigabytes
+_MAX_SCALED = 100_000_000  # pixels of the scaled image; a line one pixel high would else be scaled to gigabytes
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """One transform from a picture's pixels to a network's input, with its way back.
+    """One transform from an image's pixels to a network's input, with its way back.
 
-    The picture is scaled, antialiased, and of the scaled picture a window of the network's size is taken. In either
+    The image is scaled, antialiased, and of the scaled image a window of the network's size is taken. In either
     direction, for coordinates of pixel edges (0 is the left or upper edge of the first pixel),
 
-        network = picture * scale - offset
+        network = image * scale - offset
 
-    - `squash`: scale = size / picture size, offset = 0; the whole picture, its shape distorted.
+    - `squash`: scale = size / image size, offset = 0; the whole image, its shape distorted.
     - `crop`: the short side becomes `short_side`, the long side keeps the shape (rounded down to whole pixels), and the
-      window lies in the middle. Where it is larger than the scaled picture, it is filled up with black. Sizes and
+      window lies in the middle. Where it is larger than the scaled image, it is filled up with black. Sizes and
       offsets are rounded as torchvision's `Resize` and `CenterCrop` round them.
 
     Then input = (colour / 255 - mean) / std.
@@ -40,19 +40,19 @@ class Preprocessing:
         mean: Mean of red, green, blue, in units of 0..1.
         std: Standard deviation of red, green, blue, in units of 0..1, above 0.
         resize: "squash" or "crop".
-        short_side: Length of the scaled picture's short side for "crop"; by default the longer side of `size`, so that
+        short_side: Length of the scaled image's short side for "crop"; by default the longer side of `size`, so that
             nothing needs filling up. None for "squash".
-        interpolation: "bilinear" or "bicubic", how the picture is scaled.
+        interpolation: "bilinear" or "bicubic", how the image is scaled.
 
     Raises:
         ValueError: If an argument is none of the above.
 
     Example:
         >>> preprocessing = Preprocessing(size=(224, 224), resize="crop", short_side=256)
-        >>> picture = Image.new("RGB", (512, 1024), "red")
-        >>> preprocessing.tensor(picture).shape
+        >>> image = Image.new("RGB", (512, 1024), "red")
+        >>> preprocessing.tensor(image).shape
         torch.Size([3, 224, 224])
-        >>> preprocessing.to_picture((0, 0, 224, 224), picture.size).tolist()
+        >>> preprocessing.to_image((0, 0, 224, 224), image.size).tolist()
         [32.0, 288.0, 480.0, 736.0]
     """
 
@@ -90,66 +90,64 @@ class Preprocessing:
         elif not _is_length(self.short_side):
             raise ValueError(f"short_side must be an integer of at least 1, got {self.short_side!r}")
 
-    def tensor(self, picture: Image.Image) -> torch.Tensor:
-        """Turn a picture into the network's input.
+    def tensor(self, image: Image.Image) -> torch.Tensor:
+        """Turn an image into the network's input.
 
         Args:
-            picture: Picture of mode RGB.
+            image: Image of mode RGB.
 
         Returns:
             float32 tensor of shape (3, height, width).
 
         Raises:
             TypeError: If it is no Pillow image. ValueError: If its mode is not RGB, or if its short side is so short
-                that the scaled picture would have more than 100 million pixels.
+                that the scaled image would have more than 100 million pixels.
 
         Example:
             >>> Preprocessing((2, 2), mean=(0, 0, 0), std=(1, 1, 1)).tensor(Image.new("RGB", (9, 5), "blue"))[:, 0, 0]
             tensor([0., 0., 1.])
         """
-        if not isinstance(picture, Image.Image):
-            raise TypeError(
-                f"picture must be a Pillow image, as tsgb.pictures.read gives, got {type(picture).__name__}"
-            )
-        if picture.mode != "RGB":
-            raise ValueError(f"picture must be of mode RGB, got {picture.mode}; tsgb.pictures.read makes it so")
-        (height, width), (scaled, (x, y)) = self.size, self._placed(picture.size)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image must be a Pillow image, as tsgb.images.read gives, got {type(image).__name__}")
+        if image.mode != "RGB":
+            raise ValueError(f"image must be of mode RGB, got {image.mode}; tsgb.images.read makes it so")
+        (height, width), (scaled, (x, y)) = self.size, self._placed(image.size)
         if scaled[0] * scaled[1] > _MAX_SCALED:
             raise ValueError(
-                f"picture of {picture.width} x {picture.height} pixels is too long and thin: with short_side="
+                f"image of {image.width} x {image.height} pixels is too long and thin: with short_side="
                 f"{self.short_side} it would be scaled to {scaled[0]} x {scaled[1]}; take resize='squash' for it"
             )
-        # The window reaches beyond the scaled picture where it has to be filled up; Pillow's crop fills with black.
-        seen = picture.resize(scaled, _FILTERS[self.interpolation]).crop((x, y, x + width, y + height))
+        # The window reaches beyond the scaled image where it has to be filled up; Pillow's crop fills with black.
+        seen = image.resize(scaled, _FILTERS[self.interpolation]).crop((x, y, x + width, y + height))
         colours = torch.from_numpy(np.array(seen)).permute(2, 0, 1).to(torch.float32).contiguous() / 255
         return (colours - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 
-    def restore(self, map: npt.ArrayLike, picture_size: tuple[int, int]) -> npt.NDArray[np.float32]:
-        """Lay a map of the network's input back on the pixels of the picture.
+    def restore(self, map: npt.ArrayLike, image_size: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """Lay a map of the network's input back on the pixels of the image.
 
         The map is linear between its pixels' centres and constant beyond the outermost ones. Where it is finer than
-        the picture, it is averaged (weights: a triangle of two picture pixels' width), so that no pixel is passed over.
+        the image, it is averaged (weights: a triangle of two image pixels' width), so that no pixel is passed over.
 
         Args:
             map: Map of the network's size, shape (height, width).
-            picture_size: Width and height of the picture, as Pillow's `size`.
+            image_size: Width and height of the image, as Pillow's `size`.
 
         Returns:
-            float32 array of the picture's (height, width); NaN where a pixel's centre lies outside of the window.
+            float32 array of the image's (height, width); NaN where a pixel's centre lies outside of the window.
 
         Raises:
-            ValueError: If the map is not of the network's size, or `picture_size` not two integers of at least 1.
+            ValueError: If the map is not of the network's size, or `image_size` not two integers of at least 1.
 
         Example:
-            >>> Preprocessing(size=(1, 2)).restore([[1, 3]], picture_size=(4, 1))
+            >>> Preprocessing(size=(1, 2)).restore([[1, 3]], image_size=(4, 1))
             array([[1. , 1.5, 2.5, 3. ]], dtype=float32)
         """
         values = np.asarray(map, dtype=np.float32)
         if values.shape != self.size:
             raise ValueError(f"map must be of shape {self.size}, got {values.shape}")
-        scaled, offsets = self._placed(picture_size)
+        scaled, offsets = self._placed(image_size)
         spans, pads, boxes = [], [], []
-        for length, k, offset, n in zip(picture_size, scaled, offsets, self.size[::-1], strict=True):
+        for length, k, offset, n in zip(image_size, scaled, offsets, self.size[::-1], strict=True):
             centres = (np.arange(length) + 0.5) * k / length - offset
             inside = np.flatnonzero((centres >= 0) & (centres <= n))
             first, last = (inside[0], inside[-1] + 1) if len(inside) else (0, 0)
@@ -157,7 +155,7 @@ class Preprocessing:
             spans.append(slice(first, last))
             pads.append((pad, pad))
             boxes.append((first * k / length - offset + pad, last * k / length - offset + pad))
-        restored = np.full((picture_size[1], picture_size[0]), np.nan, np.float32)
+        restored = np.full((image_size[1], image_size[0]), np.nan, np.float32)
         columns, rows = spans
         size = (columns.stop - columns.start, rows.stop - rows.start)
         if min(size) > 0:
@@ -166,50 +164,50 @@ class Preprocessing:
             restored[rows, columns] = np.asarray(around.resize(size, Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)))
         return restored
 
-    def to_picture(self, boxes: npt.ArrayLike, picture_size: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """Carry boxes from the network's input to the picture.
+    def to_image(self, boxes: npt.ArrayLike, image_size: tuple[int, int]) -> npt.NDArray[np.float64]:
+        """Carry boxes from the network's input to the image.
 
         Coordinates are those of pixel edges: the box of the first pixel is (0, 0, 1, 1). Nothing is rounded or clipped.
 
         Args:
             boxes: Left, upper, right, lower edge; shape (..., 4).
-            picture_size: Width and height of the picture, as Pillow's `size`.
+            image_size: Width and height of the image, as Pillow's `size`.
 
         Returns:
             float64 array of the boxes' shape, the inverse of `to_network`.
 
         Raises:
-            ValueError: If the last dimension is not 4, or `picture_size` not two integers of at least 1.
+            ValueError: If the last dimension is not 4, or `image_size` not two integers of at least 1.
 
         Example:
-            >>> Preprocessing(size=(224, 224)).to_picture((0, 0, 112, 224), picture_size=(640, 480)).tolist()
+            >>> Preprocessing(size=(224, 224)).to_image((0, 0, 112, 224), image_size=(640, 480)).tolist()
             [0.0, 0.0, 320.0, 480.0]
         """
-        scaled, offsets = self._placed(picture_size)
+        scaled, offsets = self._placed(image_size)
         values = _boxes(boxes) + np.tile(offsets, 2)
-        result: npt.NDArray[np.float64] = values * np.tile(picture_size, 2) / np.tile(scaled, 2)
+        result: npt.NDArray[np.float64] = values * np.tile(image_size, 2) / np.tile(scaled, 2)
         return result
 
-    def to_network(self, boxes: npt.ArrayLike, picture_size: tuple[int, int]) -> npt.NDArray[np.float64]:
-        """Carry boxes from the picture to the network's input, as `to_picture` carries them back.
+    def to_network(self, boxes: npt.ArrayLike, image_size: tuple[int, int]) -> npt.NDArray[np.float64]:
+        """Carry boxes from the image to the network's input, as `to_image` carries them back.
 
         Args:
-            boxes: Left, upper, right, lower edge in the picture; shape (..., 4).
-            picture_size: Width and height of the picture, as Pillow's `size`.
+            boxes: Left, upper, right, lower edge in the image; shape (..., 4).
+            image_size: Width and height of the image, as Pillow's `size`.
 
         Returns:
             float64 array of the boxes' shape.
 
         Raises:
-            ValueError: If the last dimension is not 4, or `picture_size` not two integers of at least 1.
+            ValueError: If the last dimension is not 4, or `image_size` not two integers of at least 1.
 
         Example:
-            >>> Preprocessing(size=(224, 224)).to_network((0, 0, 320, 480), picture_size=(640, 480)).tolist()
+            >>> Preprocessing(size=(224, 224)).to_network((0, 0, 320, 480), image_size=(640, 480)).tolist()
             [0.0, 0.0, 112.0, 224.0]
         """
-        scaled, offsets = self._placed(picture_size)
+        scaled, offsets = self._placed(image_size)
         values = _boxes(boxes) * np.tile(scaled, 2)
-        result: npt.NDArray[np.float64] = values / np.tile(picture_size, 2) - np.tile(offsets, 2)
+        result: npt.NDArray[np.float64] = values / np.tile(image_size, 2) - np.tile(offsets, 2)
         return result
 
     def record(self) -> dict[str, Any]:
@@ -221,9 +219,9 @@ class Preprocessing:
         """
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    def _placed(self, picture_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return width and height of the scaled picture, and the window's offset in it (negative: filled up)."""
-        width, height = _pair(picture_size, "picture_size", "(width, height)")
+    def _placed(self, image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return width and height of the scaled image, and the window's offset in it (negative: filled up)."""
+        width, height = _pair(image_size, "image_size", "(width, height)")
         window = self.size[::-1]
         if self.short_side is None:
             return window, (0, 0)

@@ -1,4 +1,4 @@
-"""Maps as pictures: colours, overlays, contact sheets, and files that are whole or not there."""
+"""Maps as images: colours, overlays, contact sheets, and files that are whole or not there."""
 
 import os
 import uuid
@@ -17,7 +17,7 @@ COLORMAPS = {
     "bwr": ("0000ff", "ffffff", "ff0000"),
 }
 
-_GREYED, _DIMMED = 0.4, 0.85  # colour and brightness that an overlay leaves to the picture
+_GREYED, _DIMMED = 0.4, 0.85  # colour and brightness that an overlay leaves to the image
 _TILE_MIN, _TILE_MAX, _COLUMNS, _GAP, _FONT_SIZE = 256, 512, 4, 12, 16  # of a contact sheet, in pixels
 
 
@@ -105,7 +105,7 @@ def colours(map: npt.ArrayLike, colormap: str = "jet", scale: float | None = Non
 
 
 def overlay(
-    picture: Image.Image,
+    image: Image.Image,
     map: npt.ArrayLike,
     *,
     colormap: str = "jet",
@@ -113,77 +113,77 @@ def overlay(
     scale: float | None = None,
     sigma: float | None = None,
 ) -> Image.Image:
-    """Lay a map's colours over a picture: the picture itself, paler and darker, shows where the map has nothing.
+    """Lay a map's colours over an image: the image itself, paler and darker, shows where the map has nothing.
 
     The positive part of the map (for "bwr" all of it) is blurred by `smooth`, as single pixels would be lost on a
     photograph; then opacity = alpha * sqrt(|value| / scale).
 
     Args:
-        picture: Picture of mode RGB.
-        map: Map (H, W) of the picture's size; NaN, as outside of a crop, is nothing.
+        image: Image of mode RGB.
+        map: Map (H, W) of the image's size; NaN, as outside of a crop, is nothing.
         colormap: "jet", "viridis" or "bwr".
         alpha: Opacity of the full colour, 0 to 1.
         scale: Value of the blurred map that gets the full colour; by default `full_scale` of it.
-        sigma: Blur in pixels of the picture; by default 0.6 % of the longer side. 0 shows the map's own pixels.
+        sigma: Blur in pixels of the image; by default 0.6 % of the longer side. 0 shows the map's own pixels.
 
     Returns:
-        Picture of mode RGB and the same size.
+        Image of mode RGB and the same size.
 
     Raises:
-        ValueError: If the picture's mode is not RGB, the map not of its size, or another argument out of range.
+        ValueError: If the image's mode is not RGB, the map not of its size, or another argument out of range.
 
     Example:
         >>> overlay(Image.new("RGB", (4, 3), "grey"), np.zeros((3, 4))).getpixel((0, 0))
         (108, 108, 108)
     """
     values = _map(map)
-    if picture.mode != "RGB":
-        raise ValueError(f"picture must be of mode RGB, got {picture.mode}")
-    if values.shape != (picture.height, picture.width):
-        raise ValueError(f"map must be of the picture's shape {(picture.height, picture.width)}, got {values.shape}")
+    if image.mode != "RGB":
+        raise ValueError(f"image must be of mode RGB, got {image.mode}")
+    if values.shape != (image.height, image.width):
+        raise ValueError(f"map must be of the image's shape {(image.height, image.width)}, got {values.shape}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
     blurred = smooth(values if _signed(colormap) else np.maximum(values, 0), sigma)
     strength = _strength(np.where(np.isfinite(values), blurred, 0), colormap, scale)
     opacity = Image.fromarray(np.rint(255 * alpha * np.sqrt(np.abs(strength))).astype(np.uint8))
-    below = ImageEnhance.Brightness(ImageEnhance.Color(picture).enhance(_GREYED)).enhance(_DIMMED)
+    below = ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(_GREYED)).enhance(_DIMMED)
     return Image.composite(Image.fromarray(_coloured(strength, colormap)), below, opacity)
 
 
-def sheet(picture: Image.Image, columns: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Put a picture and its overlays side by side, four in a row, with a caption below each.
+def sheet(image: Image.Image, columns: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Put an image and its overlays side by side, four in a row, with a caption below each.
 
     Args:
-        picture: Picture of mode RGB; shown enlarged by a whole number up to 256 pixels, or reduced to 512.
+        image: Image of mode RGB; shown enlarged by a whole number up to 256 pixels, or reduced to 512.
         columns: Caption and overlay for each target. Captions may have several lines; too long ones are cut short.
 
     Returns:
-        Picture of mode RGB, on white.
+        Image of mode RGB, on white.
 
     Raises:
-        ValueError: If an overlay is not of the picture's size.
+        ValueError: If an overlay is not of the image's size.
 
     Example:
         >>> cat = Image.new("RGB", (32, 32), "tan")
         >>> sheet(cat, [("tabby", cat)]).size
         (548, 306)
     """
-    for caption, image in columns:
-        if image.size != picture.size:
-            raise ValueError(f"overlay {caption!r} must be of the picture's size {picture.size}, got {image.size}")
-    cells = [("picture", picture), *columns]
+    for caption, overlay in columns:
+        if overlay.size != image.size:
+            raise ValueError(f"overlay {caption!r} must be of the image's size {image.size}, got {overlay.size}")
+    cells = [("image", image), *columns]
     captions = [[" ".join(line.split()) for line in caption.split("\n")] for caption, _ in cells]
-    font, tile = ImageFont.load_default(_FONT_SIZE), _tile(picture.size)
-    filter = Image.Resampling.NEAREST if tile[0] > picture.width else Image.Resampling.LANCZOS
+    font, tile = ImageFont.load_default(_FONT_SIZE), _tile(image.size)
+    filter = Image.Resampling.NEAREST if tile[0] > image.width else Image.Resampling.LANCZOS
     width, line_height = max(tile[0], _TILE_MIN), round(1.25 * _FONT_SIZE)
     height = tile[1] + _GAP // 2 + line_height * max(map(len, captions))
     rows = -(-len(cells) // _COLUMNS)
     size = (_GAP + min(len(cells), _COLUMNS) * (width + _GAP), _GAP + rows * (height + _GAP))
     result = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(result)
-    for index, ((_, image), lines) in enumerate(zip(cells, captions, strict=True)):
+    for index, ((_, shown), lines) in enumerate(zip(cells, captions, strict=True)):
         left, top = _GAP + index % _COLUMNS * (width + _GAP), _GAP + index // _COLUMNS * (height + _GAP)
-        result.paste(image.resize(tile, filter), (left + (width - tile[0]) // 2, top))
+        result.paste(shown.resize(tile, filter), (left + (width - tile[0]) // 2, top))
         for number, line in enumerate(lines):
             place = (left + width / 2, top + tile[1] + _GAP // 2 + number * line_height)
             draw.text(place, _shortened(line, font, width), "black", font, anchor="ma")
@@ -191,7 +191,7 @@ def sheet(picture: Image.Image, columns: Sequence[tuple[str, Image.Image]]) -> I
 
 
 def save(image: Image.Image, path: str | Path) -> None:
-    """Write a picture in the format of the path's extension: whole, or not at all.
+    """Write an image in the format of the path's extension: whole, or not at all.
 
     Missing folders are made. A file that is there already stays as it was if anything fails.
 
@@ -203,12 +203,12 @@ def save(image: Image.Image, path: str | Path) -> None:
         >>> save(Image.new("RGB", (2, 2)), "map.xyz")
         Traceback (most recent call last):
             ...
-        ValueError: cannot write map.xyz: '.xyz' is not the extension of a picture format
+        ValueError: cannot write map.xyz: '.xyz' is not the extension of an image format
     """
     suffix = Path(path).suffix
     name = Image.registered_extensions().get(suffix.lower())
     if name not in Image.SAVE:
-        raise ValueError(f"cannot write {path}: {suffix!r} is not the extension of a picture format")
+        raise ValueError(f"cannot write {path}: {suffix!r} is not the extension of an image format")
     _write(path, lambda file: image.save(file, name))
 
 

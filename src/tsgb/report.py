@@ -1,4 +1,4 @@
-"""Explain picture files into a folder: overlays, raw maps, contact sheets, and one record of it all."""
+"""Explain image files into a folder: overlays, raw maps, contact sheets, and one record of it all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import pictures, render, rules, targets
+from . import images, render, rules, targets
 from .attribution import explain
 from .engine.supported import CoverageError
 from .explanation import Explanation
 from .models import Network
 
 #: The name of each method's table in `tsgb.rules`.
-METHODS = {"tsgb": "DEFAULT", "tsgb-pixels": "PIXELS", "tsgb-paper": "PAPER"}
+METHODS = {"tsgb-fused": "FUSED", "tsgb-pixels": "PIXELS", "tsgb-paper": "PAPER"}
 
-#: Errors whose message alone says what is wrong; a network's own code may raise anything else.
+#: Errors whose message is enough. A network's own code may raise anything else.
 _CLEAR = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError)
 
 
 @dataclass
 class Report:
-    """What became of the pictures: the entries of the record, the files written, and one line for each problem."""
+    """The outcome of a run: the entries of the record, the files written, and one line for each problem."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
@@ -44,29 +44,29 @@ def explain_files(
     wanted: Sequence[str],
     out: Path,
     *,
-    method: str = "tsgb",
+    method: str = "tsgb-fused",
     f: float | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """Explain picture files one by one; a bad one is reported and the rest is done.
+    """Explain image files one by one. A bad one is reported, and the rest is explained.
 
-    For each picture and target ``<stem>_<class>.png`` (the overlay on the original picture) and ``.npy`` (the raw
+    For each image and target ``<stem>_<class>.png`` (the overlay on the original image) and ``.npy`` (the raw
     signed map in the network's pixels, float32); for several targets ``<stem>_sheet.png``; for all of them
     ``record.json``, which is also written for what was done when the run is interrupted, and keeps what it has of other
-    maps in the folder. If no picture can be explained nothing is written.
+    maps in the folder. If no image can be explained nothing is written.
 
     Args:
         network: what `tsgb.load` returns.
-        paths: the pictures, see `pictures.collect`.
-        wanted: targets for every picture: class indices, class names, "top5". Empty for the predicted class.
+        paths: the images, see `images.collect`.
+        wanted: targets for every image: class indices, class names, "top5". Empty for the predicted class.
         out: the folder, made when the first file is written.
-        method: a name of `METHODS`. ``f``: as in `explain`.
-        done: called with 1 after each picture, good or bad.
+        method: a key of `METHODS`. ``f``: as in `explain`.
+        done: called with 1 after each image, good or bad.
 
     Raises:
         TargetError: a target is no class of the model, or the model has not as many classes as names.
         CoverageError: as `explain` does.
-        ValueError: an output could replace one of the pictures.
+        ValueError: an output could replace one of the images.
         OSError: the folder cannot be written.
 
     Example:
@@ -78,7 +78,7 @@ def explain_files(
         ['red_0.png', 'red_0.npy', 'red_1.png', 'red_1.npy', 'red_sheet.png', 'record.json']
     """
     asked = [_asked(word, network.names) for word in wanted]
-    stems = pictures.labels(paths)
+    stems = images.labels(paths)
     _check_inputs_stay(paths, stems, out)
     kept = _earlier(out)
     names = {entry[kind] for entry in kept for kind in ("overlay", "map")}
@@ -87,20 +87,20 @@ def explain_files(
     try:
         for path, stem in zip(paths, stems, strict=True):
             try:
-                picture = pictures.read(path)
-                digest = pictures.sha256(path)
-                tensor = network.preprocessing.tensor(picture)[None]
+                image = images.read(path)
+                digest = images.sha256(path)
+                tensor = network.preprocessing.tensor(image)[None]
                 held = next(network.model.parameters(), tensor)
                 tensor = tensor.to(held.device, held.dtype)
                 explanation = explain(network.model, tensor, _target(network.model, tensor, asked), rules=table, f=f)
-                entries = _entries(network, path, digest, picture, explanation, method, stem)
+                entries = _entries(network, path, digest, image, explanation, method, stem)
             except (targets.TargetError, CoverageError):
-                raise  # it would fail for every picture
+                raise  # it would fail for every image
             except Exception as error:
                 report.problems.append(_line(path, error))
                 done(1)
                 continue
-            report.files += _write(picture, explanation, entries, out, stem, network, earlier)
+            report.files += _write(image, explanation, entries, out, stem, network, earlier)
             report.entries += entries
             done(1)
     finally:
@@ -114,11 +114,11 @@ def explain_files(
 
 
 def _check_inputs_stay(paths: Sequence[Path], stems: Sequence[str], out: Path) -> None:
-    """Refuse pictures that lie in the output folder under a name that an output may have."""
+    """Refuse images that lie in the output folder under a name that an output may have."""
     outputs = re.compile(rf"(({'|'.join(map(re.escape, stems))})_(\d+|sheet)\.(png|npy)|record\.json)")
     for path in paths:
         if path.resolve().parent == out.resolve() and outputs.fullmatch(path.resolve().name):
-            raise ValueError(f"{path} is one of the pictures to explain and could be replaced: choose another --out")
+            raise ValueError(f"{path} is one of the images to explain and could be replaced: choose another --out")
 
 
 def _earlier(out: Path) -> list[dict[str, Any]]:
@@ -158,7 +158,7 @@ def _target(model: Any, tensor: Tensor, asked: Sequence[int | str]) -> Any:
 
 
 def _entries(
-    network: Network, path: Path, digest: str, picture: Image.Image, e: Explanation, method: str, stem: str
+    network: Network, path: Path, digest: str, image: Image.Image, e: Explanation, method: str, stem: str
 ) -> list[dict[str, Any]]:
     probabilities = e.logits.float().softmax(1) if e.logits.shape[1] > 1 else torch.full_like(e.logits, float("nan"))
     if network.names and len(network.names) != probabilities.shape[1]:
@@ -170,7 +170,7 @@ def _entries(
             {
                 "image": str(path),
                 "image_sha256": digest,
-                "image_size": list(picture.size),
+                "image_size": list(image.size),
                 "model": network.spec,
                 "weights": network.weights,
                 "weights_sha256": network.weights_sha256,
@@ -194,7 +194,7 @@ def _entries(
 
 
 def _write(
-    picture: Image.Image,
+    image: Image.Image,
     e: Explanation,
     entries: list[dict[str, Any]],
     out: Path,
@@ -215,13 +215,13 @@ def _write(
     overlays = []
     for k, entry in enumerate(entries):
         map = e.maps[0, k].cpu().numpy()
-        overlay = render.overlay(picture, network.preprocessing.restore(map, picture.size))
+        overlay = render.overlay(image, network.preprocessing.restore(map, image.size))
         render.save(overlay, out / entry["overlay"])
         render.save_map(map, out / entry["map"])
-        entry["map_sha256"] = pictures.sha256(out / entry["map"])
+        entry["map_sha256"] = images.sha256(out / entry["map"])
         overlays.append((caption(entry), overlay))
     if len(entries) > 1:
-        render.save(render.sheet(picture, overlays), out / names[-1])
+        render.save(render.sheet(image, overlays), out / names[-1])
     return [out / name for name in names]
 
 

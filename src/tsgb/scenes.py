@@ -1,9 +1,9 @@
 """Rendered scenes: one to four textured objects on a cluttered background, with the exact pixels of each object.
 
-The scenes serve as pictures of which everything is known: what is in them, and where to the pixel. They train the
+The scenes serve as images of which everything is known: what is in them, and where to the pixel. They train the
 bundled networks, and their masks are ground truth for a saliency map.
 
-A scene is planned first, in units of the picture's side and without regard to its size, and painted then; so one seed
+A scene is planned first, in units of the image's side and without regard to its size, and painted then; so one seed
 shows the same scene at every size, only sharper. Painting uses nothing but additions, products, quotients, square
 roots and comparisons, which IEEE 754 rounds in one way only; so a seed gives the same bits on every machine.
 """
@@ -29,18 +29,18 @@ SMALLEST_SHARE = 0.6  # of each object's pixels, the part that no later object h
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, the classes of the objects in it, and the visible pixels of each.
+    """An image, the classes of the objects in it, and the visible pixels of each.
 
-    `picture` is (H, W, 3) uint8, RGB; `classes` are n distinct indices into `CLASSES`, from the hindmost object to the
+    `image` is (H, W, 3) uint8, RGB; `classes` are n distinct indices into `CLASSES`, from the hindmost object to the
     foremost; `masks` is (n, H, W) bool, true where the object covers more than half of the pixel and is not hidden, so
     no pixel belongs to two objects.
 
     >>> scene = render(7, classes=[2, 5])
-    >>> scene.picture.shape, scene.classes, scene.masks.shape
+    >>> scene.image.shape, scene.classes, scene.masks.shape
     ((128, 128, 3), (2, 5), (2, 128, 128))
     """
 
-    picture: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]
     classes: tuple[int, ...]
     masks: npt.NDArray[np.bool_]
 
@@ -64,15 +64,15 @@ def render(seed: int, classes: Sequence[int] | None = None, count: int | None = 
     """Render the scene of a seed: `size` x `size` pixels with one to four objects of distinct classes.
 
     The objects are those of `classes` (1 to 4 distinct indices into `CLASSES`), else `count` (1 to 4) classes drawn at
-    random, else a random number of them. Each is 20 to 45 % of the side across, lies inside the picture, and has at
-    least 60 % of its pixels visible. The same seed and arguments give the same picture, bit for bit; another `size`
+    random, else a random number of them. Each is 20 to 45 % of the side across, lies inside the image, and has at
+    least 60 % of its pixels visible. The same seed and arguments give the same image, bit for bit; another `size`
     (at least 96) gives the same scene at another resolution.
 
     Raises ValueError for a negative seed, for classes that are unknown, repeated, none or more than four, for a count
     outside 1 to 4, for classes and count together, and for a size below 96.
 
     >>> scene = render(3, count=2, size=96)
-    >>> scene.picture.shape, scene.picture.dtype, len(scene.classes)
+    >>> scene.image.shape, scene.image.dtype, len(scene.classes)
     ((96, 96, 3), dtype('uint8'), 2)
     >>> [CLASSES[index] for index in render(3, classes=[1, 3]).classes]
     ['star', 'heart']
@@ -83,7 +83,7 @@ def render(seed: int, classes: Sequence[int] | None = None, count: int | None = 
     return _paint(_plan(seed, classes, count), size)
 
 
-# Planning: what is where, in units of the picture's side.
+# Planning: what is where, in units of the image's side.
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,9 @@ def _paint(plan: _Plan, size: int) -> Scene:
     for thing in (*plan.clutter, *plan.objects):
         _lay(canvas, thing)
     canvas *= plan.light[0] + plan.light[1] * (across - 0.5) + plan.light[2] * (down - 0.5)
-    picture = np.floor(np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    image = np.floor(np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     masks = np.stack(_visible([_coverage(thing, size) for thing in plan.objects])) > 0.5
-    return Scene(np.ascontiguousarray(picture.transpose(1, 2, 0)), plan.classes, masks)
+    return Scene(np.ascontiguousarray(image.transpose(1, 2, 0)), plan.classes, masks)
 
 
 def _noise(lattice: Field, size: int) -> Field:

@@ -1,9 +1,9 @@
-"""The bench: saliency methods side by side, on the same annotated pictures, by the field's own protocols."""
+"""The bench evaluates saliency methods on the same annotated images, with the field's own protocols."""
 
 from . import protocol
-from .account import printable
 from .defaults import job
 from .results import summary
+from .results_view import printable
 from .run import run
 from .table import markdown
 from .work import Job

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .account import (
+from .results_view import (
     KINDS,
     NONE,
     REFERENCE,
@@ -31,7 +31,7 @@ from .account import (
 __all__ = ["Axis", "differences", "escaped", "fit", "values"]
 
 _BETTER = {"higher": "higher is better", "lower": "lower is better", "neither": "a check, no ranking"}
-_MULTIPLES = 50  # a cost so many times the smallest asks for a logarithmic axis
+_MULTIPLES = 50  # a cost so many times the smallest gets a logarithmic axis
 
 
 def escaped(value: object) -> str:
@@ -112,8 +112,8 @@ def values(results: Results, metrics: Sequence[str], caption: str) -> str:
 
     Example:
         >>> metric = {"title": "Pointing", "unit": "%", "better": "higher", "kind": "order"}
-        >>> protocol = {"methods": {"tsgb": {"title": "TSGB"}}, "metrics": {"pointing": metric}}
-        >>> row = {"method": "tsgb", "metric": "pointing", "value": 90.0, "low": 75.0, "high": 100.0, "n": 20}
+        >>> protocol = {"methods": {"tsgb-fused": {"title": "TSGB (fused)"}}, "metrics": {"pointing": metric}}
+        >>> row = {"method": "tsgb-fused", "metric": "pointing", "value": 90.0, "low": 75.0, "high": 100.0, "n": 20}
         >>> '<strong>90.0</strong>' in values({"protocol": protocol, "rows": [row]}, ["pointing"], "Order")
         True
     """
@@ -143,7 +143,7 @@ def values(results: Results, metrics: Sequence[str], caption: str) -> str:
 
 
 def differences(results: Results) -> str:
-    """Write the paired differences to TSGB, a table for each kind of metrics; nothing where there are none.
+    """Write the paired differences to TSGB (fused), a table for each kind of metrics; nothing where there are none.
 
     Example:
         >>> differences({"protocol": {"metrics": {}}, "rows": []})
@@ -154,14 +154,15 @@ def differences(results: Results) -> str:
         return ""
     clear = sum(_is_clear(row) for row in there.values())
     blocks = [
-        "<p>Method minus TSGB over the same images, with the 95 % interval around zero, the upright line. Bold, with a "
-        "filled dot and a word, where the interval leaves zero out: <em>better</em> and <em>worse</em> are the "
-        f"method's, beside TSGB. Of {len(there)} intervals {clear} leave zero out; none is corrected for their number, "
-        f"and if no method differed from TSGB about {len(there) / 20:.0f} would still do so.</p>"
+        "<p>Each figure is the method's value minus that of TSGB (fused) over the same images, with its 95 % interval; "
+        "the upright line is zero. An interval that excludes zero is bold, has a filled dot, and says whether the "
+        f"method is <em>better</em> or <em>worse</em> than TSGB (fused). Of {len(there)} intervals {clear} exclude "
+        "zero. None is corrected for their number: if no method differed from TSGB (fused), "
+        f"about {len(there) / 20:.0f} would still exclude zero.</p>"
     ]
     for kind, names in sections(results):
         for part, number in numbered([name for name in names if any(metric == name for _, metric in there)]):
-            caption = f"{KINDS.get(kind, (kind,))[0]}{number}: method minus TSGB [95 % interval]"
+            caption = f"{KINDS.get(kind, (kind,))[0]}{number}: method minus TSGB (fused) [95 % interval]"
             blocks.append(_difference_table(results, part, caption))
     return "\n".join(blocks)
 

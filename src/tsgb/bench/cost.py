@@ -1,4 +1,4 @@
-"""What a method costs: time as a multiple of a forward, memory as a multiple of a plain gradient's."""
+"""The cost of a method: time as a multiple of a forward, memory as a multiple of a plain gradient's."""
 
 import multiprocessing
 import re
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..report import one_line
-from .judge import Value
+from .evaluate import Value
 from .records import Record
 from .work import Job, Worker
 
@@ -21,14 +21,14 @@ __all__ = ["UNITS", "measure"]
 
 ROUNDS = 5
 
-#: The last unit that each measurement writes down; no picture's name begins with a slash.
+#: The last unit that each measurement writes down; no image's name begins with a slash.
 UNITS = {"speed": f"/round/{ROUNDS - 1}", "memory": "/process"}
 
 
 def measure(name: str, worker: Worker, count: int) -> Iterator[Record]:
-    """Measure "speed" or "memory" of every method, on a batch of the first ``count`` pictures.
+    """Measure "speed" or "memory" of every method, on a batch of the first ``count`` images.
 
-    What goes wrong is a method's error in its record, also where nothing can be measured at all.
+    Errors go into the records, for every method if nothing can be measured.
 
     Yields:
         One record for each round and method.
@@ -44,8 +44,8 @@ def measure(name: str, worker: Worker, count: int) -> Iterator[Record]:
 def _speed(worker: Worker, images: Tensor, targets: Tensor) -> Iterator[Record]:
     """Time every method, one target an image, beside a forward under inference mode.
 
-    Rounds are interleaved: each runs the forward and then every method once, so that what disturbs the machine disturbs
-    all. A first round warms up and is not counted.
+    Rounds are interleaved: each runs the forward and then every method once, so that disturbances affect all
+    alike. The first round is a warm-up and is not counted.
     """
     broken: dict[str, str] = {}
     for number in range(-1, ROUNDS):
@@ -56,7 +56,7 @@ def _speed(worker: Worker, images: Tensor, targets: Tensor) -> Iterator[Record]:
                 try:
                     spent = _seconds(partial(methods.attribute, method, worker.model, images, targets), images)
                     values.append(("speed", -1, spent / forward))
-                except Exception as error:  # a rival may raise anything
+                except Exception as error:  # a method may raise anything
                     broken[method] = one_line(error)
             if number >= 0:
                 yield _record(f"/round/{number}", number, method, values, broken.get(method))
@@ -73,7 +73,7 @@ def _memory(job: Job, count: int) -> Iterator[Record]:
         broken = None
         try:
             values.append(("memory", -1, _in_fresh_process(job, count, method) / plain))
-        except Exception as error:  # a rival may raise anything
+        except Exception as error:  # a method may raise anything
             broken = one_line(error)
         yield _record(UNITS["memory"], 0, method, values, broken)
 
@@ -84,17 +84,17 @@ def _record(unit: str, index: int, method: str, values: list[Value], error: str 
 
 
 def _batch(worker: Worker, count: int) -> tuple[Tensor, Tensor]:
-    """The first readable pictures, as many as a batch holds, and their predicted classes (N, 1)."""
+    """The first readable images, as many as a batch holds, and their predicted classes (N, 1)."""
     tensors: list[Tensor] = []
     for index in range(count):
         try:
             tensors.append(worker.tensor(worker.samples[index].read()))
-        except Exception:  # told where it was judged
+        except Exception:  # reported where it was evaluated
             continue
         if len(tensors) == worker.job.batch_size:
             break
     if not tensors:
-        raise ValueError("none of the pictures can be read")
+        raise ValueError("none of the images can be read")
     images = torch.stack(tensors)
     return images, _forward(worker.model, images).argmax(1, keepdim=True)
 
@@ -106,7 +106,7 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _gradient(model: nn.Module, images: Tensor, targets: Tensor) -> None:
-    """A plain gradient at the image, of weights that ask for none."""
+    """Compute a plain gradient at the image; the weights need none."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     leaf = images.clone().requires_grad_()
@@ -135,7 +135,7 @@ def _in_fresh_process(job: Job, count: int, method: str) -> float:
 def _lifted(job: Job, count: int, method: str) -> float:
     """Bytes by which a method, or with "" a plain gradient, lifts the peak of this process."""
     images, targets = _batch(worker := Worker(job), count)
-    if method:  # what it imports is no part of what it needs
+    if method:  # imports do not count
         toy = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
         ).eval()

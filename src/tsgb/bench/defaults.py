@@ -1,25 +1,25 @@
-"""What a bench does where it is not told: which methods, which metrics, which pictures."""
+"""The defaults of a bench: which methods, which metrics, which images."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from .. import methods as rivals
+from .. import methods as registry
 from ..models import Network
-from .given import JUDGED, given_methods, slice_of
+from .precomputed_maps import MAP_METRICS, precomputed_methods, slice_of
 from .work import Job
 
 __all__ = ["METRICS", "SLOW", "job"]
 
-#: Methods that need hundreds of forwards for a picture; they run where they are asked for by name.
+#: Methods that need hundreds of forwards an image. They run only if requested by name.
 SLOW = ("smoothgrad", "integrated-gradients", "occlusion", "rise")
 
-#: Metrics that need nothing but a map of each class in a picture.
+#: Metrics that need only the map of each annotated class.
 METRICS = ("mask_ap", "box_ap", "grid_ap", "pointing", "energy", "grid", "box_accuracy")
 
 
 def _without_grids() -> tuple[str, ...]:
-    return tuple(metric for metric in METRICS if metric in JUDGED)
+    return tuple(metric for metric in METRICS if metric in MAP_METRICS)
 
 
 def job(
@@ -31,56 +31,58 @@ def job(
     seed: int = 0,
     batch_size: int = 8,
     out: str | Path = "tsgb-bench",
-    pictures: str | None = None,
+    images: str | None = None,
 ) -> Job:
-    """Say what a bench is to do.
+    """Describe a bench: fill in the defaults and check the arguments.
 
     Args:
-        load: gives the network, as ``functools.partial(tsgb.load, "resnet50")``; picklable for more than one process.
-        data: annotated pictures, see `tsgb.data.open_dataset`; None for the bundled scenes.
-        methods: names of `tsgb.methods.METHODS`; None for all that are installed and need no hundreds of forwards, and
-            with ``maps`` for all that lie there.
-        metrics: names of `tsgb.bench.protocol.METRICS`; None for those that need nothing but a map.
-        maps: a folder of given maps, ``<picture>_<class>.npy`` of the network's class, in the input's pixels; or of
-            such folders, one a method. They are methods by the folder's name, beside others that are named.
-        seed: of everything that is drawn. ``batch_size``: pictures that go through the network at once.
+        load: returns the network, such as ``functools.partial(tsgb.load, "resnet50")``. Must be picklable for more than
+            one process.
+        data: annotated images, see `tsgb.data.open_dataset`. By default, the bundled scenes.
+        methods: names of `tsgb.methods.METHODS`. By default, all that are installed except `SLOW`; with ``maps``, all
+            that have maps there.
+        metrics: names of `tsgb.bench.protocol.METRICS`. By default, those that need only a map.
+        maps: a folder of precomputed maps, ``<image>_<class>.npy`` with the network's class, in the input's pixels; or
+            of such folders, one a method. The folder's name is the method's name.
+        seed: for everything random. ``batch_size``: images in one forward.
         out: the folder for records and results.
-        pictures: which of the dataset, as a Python slice: "1::2" for every other one from the second on.
+        images: a Python slice of the dataset: "1::2" takes every other image, from the second on.
 
     Raises:
-        TypeError: ``load`` cannot be called, or names are given as one text.
-        ValueError: ``maps`` holds no maps, or ``pictures`` is no slice.
+        TypeError: ``load`` is not callable, or names are one string instead of a list.
+        ValueError: ``maps`` has no maps, or ``images`` is no slice.
 
     Example:
         >>> from functools import partial
         >>> import tsgb
-        >>> job(partial(tsgb.load, "bundled"), methods=["tsgb"]).metrics == METRICS
-        True
+        >>> job(partial(tsgb.load, "bundled"), methods=["tsgb", "lrp"]).methods
+        ('tsgb-fused', 'lrp')
     """
     if not callable(load):
-        raise TypeError(f"load must give the network when called, as partial(tsgb.load, 'bundled'), got {load!r}")
+        raise TypeError(f"load must return the network when called, as partial(tsgb.load, 'bundled'), got {load!r}")
     for name, words in (("methods", methods), ("metrics", metrics)):
         if isinstance(words, str):
             raise TypeError(f"{name} must be a list of names, got {words!r}: write [{words!r}]")
-    if pictures is not None:
-        slice_of(pictures)
+    if images is not None:
+        slice_of(images)
     left_out: list[tuple[str, str]] = []
+    precomputed = () if maps is None else precomputed_methods(maps)
     if methods is None and maps is not None:
-        methods = given_methods(maps)
+        methods = precomputed
     elif methods is None:
-        missing = {name: [p for p in m.needs if find_spec(p) is None] for name, m in rivals.METHODS.items()}
+        missing = {name: [p for p in m.needs if find_spec(p) is None] for name, m in registry.METHODS.items()}
         left_out = [(name, f"needs {', '.join(packages)}") for name, packages in missing.items() if packages]
         left_out += [(name, "slow: ask for it by name") for name in SLOW if not missing[name]]
-        methods = [name for name in rivals.METHODS if name not in dict(left_out)]
+        methods = [name for name in registry.METHODS if name not in dict(left_out)]
     return Job(
         load=load,
         data=data,
-        methods=tuple(methods),
+        methods=tuple(name if name in precomputed else registry.ALIASES.get(name, name) for name in methods),
         metrics=tuple(metrics) if metrics is not None else METRICS if maps is None else _without_grids(),
         seed=seed,
         batch_size=batch_size,
         out=Path(out),
         maps=maps,
         left_out=tuple(left_out),
-        pictures=pictures,
+        images=images,
     )

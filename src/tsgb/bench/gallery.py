@@ -1,4 +1,4 @@
-"""The pictures on which the first method does worst: small overlays for the page, kept while the bench runs."""
+"""Small overlays for the page, of the images on which the first method does worst."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .records import Record
 
 __all__ = ["Gallery", "rows"]
 
-SHOWN = 12  # pictures on the page
+SHOWN = 12  # images on the page
 SIDE = 176  # pixels of an overlay's longer side
-SCORES = ("mask_ap", "box_ap", "pointing", "energy")  # the first that a picture has says how bad it is
+SCORES = ("mask_ap", "box_ap", "pointing", "energy")  # the first that an image has says how bad it is
 
 
 class Gallery:
-    """The overlays of the worst pictures that one process has seen; those of others are removed as worse ones come.
+    """The overlays of the worst images that one process has seen; those of others are removed as worse ones come.
 
     Every process keeps as many as the page shows, so the worst of all are among them.
 
@@ -43,7 +43,7 @@ class Gallery:
         return any(index == kept for _, kept in self._worst)
 
     def admit(self, index: int, record: Record) -> None:
-        """Take a picture in if the first method's record of it is among the worst so far."""
+        """Take an image in if the first method's record of it is among the worst so far."""
         value = score(record)
         if value is None:
             return
@@ -53,19 +53,19 @@ class Gallery:
                 file.unlink(missing_ok=True)
         del self._worst[SHOWN:]
 
-    def draw(self, index: int, method: str, picture: Image.Image, map: Tensor | None) -> None:
-        """Keep a picture, with "" for the method, or a map laid over it; a map that cannot be drawn is left out."""
+    def draw(self, index: int, method: str, image: Image.Image, map: Tensor | None) -> None:
+        """Keep an image, with "" for the method, or a map laid over it; a map that cannot be drawn is left out."""
         if map is not None:
-            if not map.isfinite().all() or map.shape != (picture.height, picture.width):
+            if not map.isfinite().all() or map.shape != (image.height, image.width):
                 return
-            picture = render.overlay(picture, map.cpu().numpy())
-        picture = picture.copy()
-        picture.thumbnail((SIDE, SIDE))
-        render.save(picture, _file(self.out, index, method))
+            image = render.overlay(image, map.cpu().numpy())
+        image = image.copy()
+        image.thumbnail((SIDE, SIDE))
+        render.save(image, _file(self.out, index, method))
 
 
 def rows(out: Path, methods: Sequence[str], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """List what the page shows: for each of the worst pictures the picture and its overlays, the worst first."""
+    """List what the page shows: for each of the worst images the image and its overlays, the worst first."""
     by_key = {(record["unit"], record["method"]): record for record in records}
     return [
         {
@@ -89,7 +89,7 @@ def rows(out: Path, methods: Sequence[str], records: Sequence[Record]) -> list[d
 
 
 def lacking(out: Path, methods: Sequence[str], records: Sequence[Record]) -> list[tuple[int, list[str]]]:
-    """List the worst pictures of which drawings are not there, each with the methods; "" for the picture itself."""
+    """List the worst images of which drawings are not there, each with the methods; "" for the image itself."""
     failed = {(record["unit"], record["method"]) for record in records if record.get("errors")}
     found = []
     for _, note in _worst(methods[0], records):
@@ -99,17 +99,17 @@ def lacking(out: Path, methods: Sequence[str], records: Sequence[Record]) -> lis
 
 
 def _worst(method: str, records: Sequence[Record]) -> list[tuple[float, Record]]:
-    """The pictures that a method does worst on, by one score for all, each with what was noted of it."""
+    """The images that a method does worst on, by one score for all, each with what was noted of it."""
     notes = {record["unit"]: record for record in records if not record["method"]}
-    judged = [record for record in records if record["method"] == method and record["unit"] in notes]
-    name = next((name for name in SCORES if any(_mean(record, name) is not None for record in judged)), "")
-    scored = [(_mean(record, name), record) for record in judged]
+    evaluated = [record for record in records if record["method"] == method and record["unit"] in notes]
+    name = next((name for name in SCORES if any(_mean(record, name) is not None for record in evaluated)), "")
+    scored = [(_mean(record, name), record) for record in evaluated]
     worst = sorted(((value, record["index"], record["unit"]) for value, record in scored if value is not None))[:SHOWN]
     return [(value, notes[unit]) for value, _, unit in worst]
 
 
 def score(record: Record) -> float | None:
-    """How well a method did on a picture, 0..1: the mean of its values of the first of `SCORES` that it has."""
+    """How well a method did on an image, 0..1: the mean of its values of the first of `SCORES` that it has."""
     return next((value for name in SCORES if (value := _mean(record, name)) is not None), None)
 
 
@@ -119,7 +119,7 @@ def _mean(record: Mapping[str, Any], name: str) -> float | None:
 
 
 def _said(record: Record) -> str:
-    """A picture's values in words, and the first thing that went wrong."""
+    """An image's values in words, and the first thing that went wrong."""
     words = []
     for name in SCORES:
         value = _mean(record, name)

@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .account import (
+from .bars import differences, escaped, values
+from .results_view import (
     KINDS,
     NONE,
     Results,
@@ -29,7 +30,6 @@ from .account import (
     title,
     written,
 )
-from .bars import differences, escaped, values
 
 __all__ = ["html"]
 
@@ -37,10 +37,10 @@ _OPEN = 10  # problems that are shown unasked
 _NUMBER = ' class="number"'
 
 _READ = """
-<p>Each figure stands with its 95 % interval: a bootstrap over pictures, for grid figures over grids; for time and
-memory it is over rounds, and what was measured once has none. The number n counts these pictures, grids or rounds; it
+<p>Each figure stands with its 95 % interval: a bootstrap over images, for grid figures over grids; for time and
+memory it is over rounds, and what was measured once has none. The number n counts these images, grids or rounds; it
 stands beside a figure where it is not the column's. Dot and line show both on one axis for the column; the thin upright
-line marks TSGB. The best figure of a column is bold, with all that are printed alike. Compare methods by the
+line marks TSGB (fused). The best figure of a column is bold, with all that are printed alike. Compare methods by the
 <a href="#differences">paired differences</a>, which are taken over the same images: two intervals that overlap here may
 still differ clearly there.</p>
 <p><strong>The headline is what depends only on the order of a map's pixels</strong>: average precision, pointing, boxes
@@ -53,12 +53,12 @@ are another matter: they reward any sharpening. Squaring a map lifts them and ad
 def html(results: Results, gallery: Sequence[Mapping[str, Any]] = ()) -> str:
     """Write the results as a complete HTML document: tables with interval bars, paired differences, protocol, gallery.
 
-    Style, script and pictures are inside, and a Content-Security-Policy forbids everything else; whatever comes from
+    Style, script and images are inside, and a Content-Security-Policy forbids everything else; whatever comes from
     the data is escaped. It reads without scripts, which only sort the tables.
 
     Args:
         results: The bench's results, as in ``results.json``.
-        gallery: The pictures, worst first: dicts of ``image`` and ``target`` (text), ``score`` (a number or None),
+        gallery: The images, worst first: dicts of ``image`` and ``target`` (text), ``score`` (a number or None),
             ``picture`` (a JPEG file's bytes) and ``cells``, a list of dicts of ``method``, ``overlay`` (a JPEG file's
             bytes) and ``note`` (text).
 
@@ -67,13 +67,13 @@ def html(results: Results, gallery: Sequence[Mapping[str, Any]] = ()) -> str:
 
     Raises:
         ValueError: If the results lack the protocol or the rows, hold a row that the protocol does not know, or a
-            picture is no JPEG.
+            image is no JPEG.
 
     Example:
         >>> metric = {"title": "Pointing", "text": "argmax in a box", "unit": "%", "better": "higher", "kind": "order"}
         >>> protocol = {"model": "vgg16", "data": "<photos>", "images": 20, "seed": 0, "metrics": {"pointing": metric}}
-        >>> protocol["methods"] = {"tsgb": {"title": "TSGB", "source": "tsgb.explain"}}
-        >>> row = {"method": "tsgb", "metric": "pointing", "value": 90.0, "low": 75.0, "high": 100.0, "n": 20}
+        >>> protocol["methods"] = {"tsgb-fused": {"title": "TSGB (fused)", "source": "tsgb.explain"}}
+        >>> row = {"method": "tsgb-fused", "metric": "pointing", "value": 90.0, "low": 75.0, "high": 100.0, "n": 20}
         >>> page = html({"protocol": protocol, "rows": [row]})
         >>> "<title>vgg16 on &lt;photos&gt;: saliency maps on the bench</title>" in page
         True
@@ -89,7 +89,7 @@ def html(results: Results, gallery: Sequence[Mapping[str, Any]] = ()) -> str:
     body = {
         "reading": ("How to read it", _READ),
         **{kind: _kind(results, kind, names) for kind, names in sections(results)},
-        "differences": ("Paired differences to TSGB", differences(results)),
+        "differences": ("Paired differences to TSGB (fused)", differences(results)),
         "failures": ("Failures and problems", _failures(results)),
         "gallery": ("Gallery", _gallery(results, gallery)),
         "protocol": ("Protocol", _protocol(protocol)),
@@ -136,7 +136,7 @@ def _digest(text: str) -> str:
 
 
 def _facts(protocol: Mapping[str, Any], results: Results) -> str:
-    counts = f"{protocol['images']} images" + (f" of [{protocol['pictures']}]" if "pictures" in protocol else "")
+    counts = f"{protocol['images']} images" + (f" of [{protocol['slice']}]" if "slice" in protocol else "")
     counts += f", {protocol['cases']} cases" if "cases" in protocol else ""
     done = len({method for method, _ in rows(results) if not is_control(method)})
     facts = {
@@ -234,7 +234,7 @@ def _gallery(results: Results, gallery: Sequence[Mapping[str, Any]]) -> str:
         score = written(entry["score"], "")
         label = f"<b>{escaped(entry['target'])}</b>{escaped(entry['image'])}<br>score {score}"
         about = f"{entry['target']} in {entry['image']}"
-        line = f'<th scope="row">{_shown(entry["picture"], f"Picture: {about}", label)}</th>'
+        line = f'<th scope="row">{_shown(entry["picture"], f"Image: {about}", label)}</th>'
         for method, name in names.items():
             cell = cells.get(method)
             label = f"<b>{escaped(name)}</b>{escaped(cell['note'])}" if cell else ""
@@ -242,19 +242,19 @@ def _gallery(results: Results, gallery: Sequence[Mapping[str, Any]]) -> str:
             line += f"<td>{shown}</td>"
         lines.append(f"<tr>{line}</tr>\n")
     return (
-        "<p>Worst first. Each map is laid over the picture; methods go across, in the order of the tables.</p>\n"
+        "<p>Worst first. Each map is laid over the image; methods go across, in the order of the tables.</p>\n"
         '<div class="scroll" role="region" tabindex="0" aria-label="Gallery">\n<table class="gallery">\n'
-        "<caption>Pictures and maps, worst first</caption>\n"
-        f'<thead><tr><th scope="col">Picture</th>{heads}</tr></thead>\n'
+        "<caption>Images and maps, worst first</caption>\n"
+        f'<thead><tr><th scope="col">Image</th>{heads}</tr></thead>\n'
         f"<tbody>\n{''.join(lines)}</tbody>\n</table>\n</div>"
     )
 
 
 def _shown(data: bytes, alternative: str, label: str) -> str:
-    """A picture with its caption; its size is written so that nothing moves as the pictures are decoded."""
+    """An image with its caption; its size is written so that nothing moves as the images are decoded."""
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            width, height = image.size
     except UnidentifiedImageError:
         raise ValueError(f"gallery: a JPEG file's bytes were expected, got {data[:8]!r} ... ({alternative})") from None
     source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""What the bench measures: every figure's name, how it is taken, and from which values it is computed."""
+"""What the bench measures: the name of each figure, its definition, and the values that it is computed from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ __all__ = ["CONTROLS", "FIGURES", "GRIDS", "METRICS", "REFERENCE", "Figure", "fi
 Kind = Literal["order", "share", "boxes", "perturbation", "sanity", "cost"]
 
 TOLERANCE = 15.0  # pixels of the original image, Zhang et al. 2016
-CONFIDENCES = (0.99, 0.9)  # of a grid's pictures: the first where it leaves enough pictures, else the second
+CONFIDENCES = (0.99, 0.9)  # of a grid's images: the first where it leaves enough images, else the second
 LARGEST_GRIDS = 500
-NEAREST = 20  # a picture's instance of a group of classes counts if one of them is among so many most probable ones
-REFERENCE = "tsgb"  # the method that the others are compared with
+NEAREST = 20  # an instance of a group of classes counts if one of them is among so many most probable ones
+REFERENCE = "tsgb-fused"  # every other method is compared with this one
 STAGES = 8  # of the cascading randomisation
 
-#: Side of each grid in pictures, by the metric's name.
+#: Side of each grid in images, by the metric's name.
 GRIDS = {"": 2, "_3x3": 3}
 
-#: Powers of a method's positive map that are shown beside shares, which reward any sharpening.
-CONTROLS: dict[str, tuple[float, ...]] = {"gradcam": (2, 3), "tsgb": (0.5, 2)}
+#: Powers of a method's positive map, as controls for shares of the map, which reward any sharpening.
+CONTROLS: dict[str, tuple[float, ...]] = {"gradcam": (2, 3), "tsgb-fused": (0.5, 2)}
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Figure:
     """One figure of a method, a row of the results.
 
     Attributes:
-        title: what it is called.
-        text: how it is taken, with every parameter.
+        title: its display name.
+        text: its definition, with every parameter.
         unit: "%" of 0..100, or "" for a correlation, an area or a multiple.
         better: "higher", "lower", or "neither" for a check.
-        kind: the table it stands in.
+        kind: the table that shows it.
         values: name of the values that it is computed from, one a case.
         statistic: the mean over cases, the mean over classes of the mean over a class's cases, the accuracy at the best
             threshold, or the median.
@@ -49,12 +49,12 @@ class Figure:
 _AP = "average precision of the pixels, ranked by the map, as a detector of"
 _POINTING = "a hit if the map's largest value lies in the class's mask, or boxes where there is no mask"
 _NEAR = f"{_POINTING}, or nearer than {TOLERANCE:g} pixels of the original image"
-_DIFFICULT = "classes whose boxes cover less than 1/4 of a picture that shows another class too"
+_DIFFICULT = "classes whose boxes cover less than 1/4 of an image that shows another class too"
 _CASCADE = (
     f"weights randomised from the head downwards in up to {STAGES} stages; between the map before and after, mean over "
     "stages; predicted class"
 )
-_GRID = "grid of pictures of distinct classes, each predicted with confidence of at least the protocol's"
+_GRID = "grid of images of distinct classes, each predicted with confidence of at least the protocol's"
 
 
 def _grid(side: int, suffix: str) -> dict[str, Figure]:
@@ -116,7 +116,7 @@ FIGURES: dict[str, Figure] = {
     "insertion": Figure(
         "Insertion",
         "area under the predicted class's softmax as pixels come back, the map's largest first, in 224 steps from the "
-        "picture blurred by an 11 x 11 Gaussian of sigma 5",
+        "image blurred by an 11 x 11 Gaussian of sigma 5",
         "", "higher", "perturbation", "insertion",
     ),
     "deletion": Figure(
@@ -184,5 +184,5 @@ def figures(metrics: Sequence[str]) -> list[str]:
 
 
 def is_asked(metrics: Sequence[str], *among: str) -> bool:
-    """Tell whether any of these metrics is asked for."""
+    """Tell whether any of these metrics is requested."""
     return any(metric in metrics for metric in among)

@@ -1,4 +1,4 @@
-"""The journal of a bench: one JSON line for each image and method, written as it goes, read again after a kill."""
+"""The journal of a bench: one JSON line for each image and method. A killed bench resumes from it."""
 
 import json
 import os
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Key", "Record", "alone", "append", "key", "mend", "read"]
+__all__ = ["Key", "Record", "append", "key", "lock", "read", "truncate_partial_line"]
 
 Record = dict[str, Any]
 Key = tuple[str, str]
 
 
 def key(record: Record) -> Key:
-    """What a record is about: the unit (a picture or a grid) and the method, "" for what is said of the unit itself."""
+    """Return what a record is about: the unit (an image or a grid) and the method; "" for notes on the unit itself."""
     return record["unit"], record["method"]
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Write records behind those of a file, each a line, all at once: several processes may do so at a time.
+    """Append records to a file, one line each, in one write, so that several processes may append at a time.
 
     Raises:
         ValueError: a record holds NaN or infinity. OSError: the file cannot be written.
@@ -34,26 +34,26 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Read the records of a file; what is no whole line is left out.
+    """Read the records of a file. Incomplete lines are skipped.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
-        >>> append(path, [{"unit": "a.png", "method": "tsgb"}])
+        >>> append(path, [{"unit": "a.png", "method": "tsgb-fused"}])
         >>> _ = path.open("a").write('{"unit": "b.p')
         >>> [key(record) for record in read(path)]
-        [('a.png', 'tsgb')]
+        [('a.png', 'tsgb-fused')]
     """
     with open(path, "rb") as file:
         for line in file:
             try:
                 yield json.loads(line)
-            except ValueError:  # torn by a kill
+            except ValueError:  # written in part by a killed process
                 continue
 
 
-def mend(path: Path) -> None:
-    """Cut off a last line that a kill has torn."""
+def truncate_partial_line(path: Path) -> None:
+    """Remove a last line that a killed process wrote in part."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -61,11 +61,11 @@ def mend(path: Path) -> None:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep other benches out of a folder, where the system can lock files.
+def lock(out: Path) -> Iterator[None]:
+    """Lock a folder against other benches, on systems that can lock files.
 
     Raises:
-        RuntimeError: another bench writes there.
+        RuntimeError: another bench writes to the folder.
     """
     try:
         import fcntl

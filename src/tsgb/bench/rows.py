@@ -1,4 +1,4 @@
-"""From records to results: one row for each method and figure, with its interval, and the differences from TSGB."""
+"""From records to results: a row with its interval for each method and figure, and differences from TSGB (fused)."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass
 class _Values:
-    """The values of one method and figure, one a case; a case's unit is its picture's index, or its grid's first."""
+    """The values of one method and figure, one a case; a case's unit is its image's index, or its grid's first."""
 
     units: list[int] = field(default_factory=list)
     categories: list[int] = field(default_factory=list)
@@ -53,14 +53,14 @@ def gather(records: Iterable[Record]) -> Gathered:
 
 
 def rows(gathered: Gathered, methods: Sequence[str], figures: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Compute every figure of every method, with its 95 % bootstrap interval over pictures; n counts pictures or grids.
+    """Compute every figure of every method, with its 95 % bootstrap interval over images; n counts images or grids.
 
     Example:
         >>> records = [
-        ...     {"unit": str(i), "index": i, "method": "tsgb", "values": [["energy", 1, 0.5]]} for i in range(4)
+        ...     {"unit": str(i), "index": i, "method": "tsgb-fused", "values": [["energy", 1, 0.5]]} for i in range(4)
         ... ]
-        >>> rows(gather(records), ["tsgb"], ["energy"], seed=0)
-        [{'method': 'tsgb', 'metric': 'energy', 'value': 50.0, 'low': 50.0, 'high': 50.0, 'n': 4}]
+        >>> rows(gather(records), ["tsgb-fused"], ["energy"], seed=0)
+        [{'method': 'tsgb-fused', 'metric': 'energy', 'value': 50.0, 'low': 50.0, 'high': 50.0, 'n': 4}]
     """
     found = []
     for method in _with_controls(methods):
@@ -72,7 +72,7 @@ def rows(gathered: Gathered, methods: Sequence[str], figures: Sequence[str], see
 
 
 def differences(gathered: Gathered, methods: Sequence[str], figures: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Compare every method with TSGB over the cases that both have: method minus TSGB, with its 95 % interval."""
+    """Compare every method with TSGB (fused) over the cases that both have: the difference, with its 95 % interval."""
     found = []
     for method in _with_controls(methods):
         for figure in figures:
@@ -86,7 +86,7 @@ def differences(gathered: Gathered, methods: Sequence[str], figures: Sequence[st
 
 
 def failures(records: Iterable[Record], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """List what went wrong: for each method and reason how often, and the first pictures."""
+    """List what went wrong: for each method and reason how often, and the first images."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in sorted(records, key=lambda record: (record["index"], record["unit"])):
         for error in record.get("errors", ()):
@@ -106,7 +106,7 @@ class _Cases:
 
 
 def _cases(kept: _Values, figure: str) -> _Cases:
-    """The values as numbers: for best thresholds the hits at the threshold that other pictures chose."""
+    """The values as numbers: for best thresholds the hits at the threshold that other images chose."""
     units, categories = np.array(kept.units, dtype=np.int64), np.array(kept.categories, dtype=np.int64)
     if FIGURES[figure].statistic != "best threshold":
         return _Cases(units, categories, np.array(kept.values, dtype=np.float64))
@@ -125,7 +125,7 @@ def _hits(text: str) -> npt.NDArray[np.bool_]:
 
 
 def _figure(cases: _Cases, figure: str, seed: int) -> dict[str, Any]:
-    """Value, interval and number of pictures of one figure, in its unit."""
+    """Value, interval and number of images of one figure, in its unit."""
     shown = FIGURES[figure]
     if not len(cases.values):
         return {"value": None, "low": None, "high": None, "n": 0}
@@ -140,7 +140,7 @@ def _figure(cases: _Cases, figure: str, seed: int) -> dict[str, Any]:
         low, high = intervals.mean_interval(cases.values, cases.units, seed)
     count = len(np.unique(cases.units))
     if count == 1:
-        low = high = None  # one picture says nothing of how others would fare
+        low = high = None  # no interval from one image
     factor = 100 if shown.unit == "%" else 1
     ends = {name: None if end is None else factor * end for name, end in (("low", low), ("high", high))}
     return {"value": factor * value, **ends, "n": count}

@@ -1,4 +1,4 @@
-"""Run a bench: share the work out, keep a journal, go on after a kill, and write the results."""
+"""Run a bench: distribute the work, keep a journal, resume after a kill, and write the results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .. import methods, render
 from ..data import fingerprint
 from ..models import sha256
 from . import cost, records, results
-from .crew import Begun, Crew, Task, on_rank_0, ranks, threads
-from .given import JUDGED, given_methods
+from .precomputed_maps import MAP_METRICS, precomputed_methods
 from .protocol import CONFIDENCES, FIGURES, GRIDS, LARGEST_GRIDS, METRICS, figures, is_asked
 from .records import Key, Record
-from .subjects import grids
+from .samples import grids
 from .work import Grid, Job, Worker
+from .worker_pool import Begun, Task, WorkerPool, on_rank_0, ranks, threads
 
 __all__ = ["run"]
 
@@ -34,33 +34,32 @@ def run(
     workers: int | None = None,
     begun: Begun = lambda count: nullcontext(lambda done: None),
 ) -> dict[str, Any]:
-    """Judge methods on annotated pictures: keep ``records.jsonl`` as it goes, and write the results at the end.
+    """Evaluate methods on annotated images. Records go to ``records.jsonl`` at once, the results follow at the end.
 
-    Every process computes with one thread and every batch holds the same pictures, so that the results do not depend on
-    how many processes there are, nor on how often the run was killed and started again. Under ``torchrun`` the ranks
-    share the work; they need the ``out`` folder in common. What has failed stays so when a run goes on: another ``out``
-    tries it again.
+    Every process computes with one thread and every batch has the same images, so the results depend neither on the
+    number of processes nor on how often the run was killed and resumed. Under ``torchrun`` the ranks share the work and
+    need the ``out`` folder in common. A resumed run does not retry failures; choose another ``out`` for that.
 
     Args:
-        job: what is to be done. ``limit``: the first so many pictures of the dataset; None takes all.
-        workers: processes of this rank; None takes one a core, 8 at most, and this one alone where the network is on a
-            GPU. More than one needs ``job.load`` to be picklable.
-        begun: entered with the number of pictures (later grids) to be done; what it yields is called with how many more
-            are done.
+        job: see `tsgb.bench.job`. ``limit``: how many images of the dataset, by default all.
+        workers: processes of this rank. By default, one a core, at most 8; only this one if the network is on a GPU.
+            ``job.load`` must be picklable for more than one.
+        begun: a context manager for progress, called with the number of images, later of grids. It yields a function
+            that is called with the number of units just finished.
 
     Returns:
         The results, as ``results.json`` has them; {} on a rank other than 0.
 
     Raises:
-        ValueError: a method or metric is unknown, ``limit`` is not positive, or ``out`` holds another bench.
+        ValueError: a method or metric is unknown, ``limit`` is not positive, or ``out`` has another bench.
         OSError: ``out`` cannot be written. RuntimeError: a process was killed, or another bench writes to ``out``.
 
     Example:
         >>> import functools, tempfile, tsgb
-        >>> what = {"methods": ["tsgb", "gradcam"], "metrics": ["pointing"], "out": tempfile.mkdtemp()}
+        >>> what = {"methods": ["tsgb-fused", "gradcam"], "metrics": ["pointing"], "out": tempfile.mkdtemp()}
         >>> found = run(tsgb.bench.job(functools.partial(tsgb.load, "bundled"), **what), limit=2, workers=1)
         >>> [(row["method"], row["n"]) for row in found["rows"] if row["metric"] == "pointing"]
-        [('tsgb', 2), ('gradcam', 2)]
+        [('tsgb-fused', 2), ('gradcam', 2)]
     """
     _check(job, limit)
     usual = torch.get_num_threads()
@@ -69,12 +68,12 @@ def run(
         count = len(worker.samples) if limit is None else min(len(worker.samples), limit)
         protocol = on_rank_0(rank, lambda: _protocol(worker, count))
         on_rank_0(rank, lambda: _begin(job.out, protocol))
-        with records.alone(job.out) if rank == 0 else nullcontext():
+        with records.lock(job.out) if rank == 0 else nullcontext():
             known = on_rank_0(rank, lambda: _known(job.out))
-            crew = Crew(worker, rank, world, workers, begun)
-            crew.work(_picture_tasks(worker, count, known))
+            pool = WorkerPool(worker, rank, world, workers, begun)
+            pool.work(_image_tasks(worker, count, known))
             planned, confidence = on_rank_0(rank, lambda: _planned(job))
-            crew.work(_grid_tasks(planned, job, known))
+            pool.work(_grid_tasks(planned, job, known))
             if rank > 0:
                 return {}
             with threads(usual):
@@ -85,7 +84,7 @@ def run(
             return results.write(job, {**protocol, **counts}, found, worker.dataset.problems)
 
 
-def _picture_tasks(worker: Worker, count: int, known: dict[Key, Record]) -> list[Task]:
+def _image_tasks(worker: Worker, count: int, known: dict[Key, Record]) -> list[Task]:
     size, methods = worker.job.batch_size, worker.job.methods
     tasks: list[Task] = []
     for start in range(0, count, size):
@@ -94,17 +93,17 @@ def _picture_tasks(worker: Worker, count: int, known: dict[Key, Record]) -> list
         if all(_is_done(unit, methods, known) for unit in units):
             continue
         done = frozenset((unit, method) for unit in units for method in ("", *methods) if (unit, method) in known)
-        tasks.append(("pictures", indices, done))
+        tasks.append(("images", indices, done))
     return tasks
 
 
 def _is_done(unit: str, methods: Sequence[str], known: dict[Key, Record]) -> bool:
     note = known.get((unit, ""))
-    return note is not None and (not note["judged"] or all((unit, method) in known for method in methods))
+    return note is not None and (not note["evaluated"] or all((unit, method) in known for method in methods))
 
 
 def _planned(job: Job) -> tuple[list[Grid], float | None]:
-    """The grids of the pictures that the network is sure of, and how sure it has to be."""
+    """Plan grids of images that the network predicts with confidence; return them and that confidence."""
     if not is_asked(job.metrics, "grid", "grid_ap"):
         return [], None
     sure = [
@@ -114,12 +113,12 @@ def _planned(job: Job) -> tuple[list[Grid], float | None]:
     ]
     enough = 4 * LARGEST_GRIDS
     confidence = next((c for c in CONFIDENCES if sum(p >= c for *_, p in sure) >= enough), CONFIDENCES[-1])
-    pool = [(index, target) for index, target, p in sure if p >= confidence]
+    candidates = [(index, target) for index, target, p in sure if p >= confidence]
     planned = [
-        # No picture has a name that begins with a slash.
+        # No image has a name that begins with a slash.
         Grid(f"/grid{suffix}/{number:04d}", *zip(*entries, strict=True))
         for suffix, side in GRIDS.items()
-        for number, entries in enumerate(grids(pool, side, LARGEST_GRIDS, job.seed))
+        for number, entries in enumerate(grids(candidates, side, LARGEST_GRIDS, job.seed))
     ]
     return planned, confidence
 
@@ -132,7 +131,7 @@ def _grid_tasks(planned: Sequence[Grid], job: Job, known: dict[Key, Record]) -> 
     tasks: list[Task] = []
     for cells in sorted({len(grid.indices) for grid in planned}):
         same = [grid for grid in planned if len(grid.indices) == cells]
-        size = max(1, job.batch_size // cells)  # as many pixels as a batch of pictures
+        size = max(1, job.batch_size // cells)  # as many pixels as in a batch of images
         for start in range(0, len(same), size):
             batch = tuple(same[start : start + size])
             done = frozenset((g.unit, m) for g in batch for m in job.methods if (g.unit, m) in known)
@@ -142,7 +141,7 @@ def _grid_tasks(planned: Sequence[Grid], job: Job, known: dict[Key, Record]) -> 
 
 
 def _measure(worker: Worker, count: int, known: dict[Key, Record]) -> None:
-    """Measure time and memory, unless it was done."""
+    """Measure time and memory, unless the journal has them."""
     for name in ("speed", "memory"):
         if name in worker.job.metrics and not all((cost.UNITS[name], m) in known for m in worker.job.methods):
             for record in cost.measure(name, worker, count):
@@ -152,21 +151,26 @@ def _measure(worker: Worker, count: int, known: dict[Key, Record]) -> None:
 
 def _check(job: Job, limit: int | None) -> None:
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more pictures, got {limit}")
-    given = given_methods(job.maps) if job.maps is not None else ()
-    for kind, asked, known in (("method", job.methods, (*given, *methods.METHODS)), ("metric", job.metrics, METRICS)):
+        raise ValueError(f"limit must be 1 or more images, got {limit}")
+    precomputed = precomputed_methods(job.maps) if job.maps is not None else ()
+    for kind, asked, known in (
+        ("method", job.methods, (*precomputed, *methods.METHODS)),
+        ("metric", job.metrics, METRICS),
+    ):
         for name in asked:
             if name not in known:
                 raise ValueError(f"{name!r} is no {kind}: choose among {', '.join(known)}")
         if not asked or len(set(asked)) < len(asked):
             raise ValueError(f"{kind}s must be one or more, each once, got {', '.join(asked) or 'none'}")
-    unfit = [metric for metric in job.metrics if metric not in JUDGED]
-    if unfit and any(method in given for method in job.methods):
-        raise ValueError(f"given maps cannot be judged by {', '.join(unfit)}: choose among {', '.join(JUDGED)}")
+    unfit = [metric for metric in job.metrics if metric not in MAP_METRICS]
+    if unfit and any(method in precomputed for method in job.methods):
+        raise ValueError(
+            f"precomputed maps cannot be evaluated with {', '.join(unfit)}: choose among {', '.join(MAP_METRICS)}"
+        )
 
 
 def _protocol(worker: Worker, count: int) -> dict[str, Any]:
-    """Everything that the results depend on."""
+    """Return everything that the results depend on."""
     job, network = worker.job, worker.network
     code = Path(network.spec.rpartition(":")[0])
     protocol = {
@@ -179,7 +183,7 @@ def _protocol(worker: Worker, count: int) -> dict[str, Any]:
         "layout": worker.dataset.layout,
         **({} if job.data is None else {"data_sha256": fingerprint(Path(job.data))}),
         **({} if job.maps is None else {"maps_sha256": fingerprint(job.maps)}),
-        **({} if job.pictures is None else {"pictures": job.pictures}),
+        **({} if job.images is None else {"slice": job.images}),
         "images": count,
         "seed": job.seed,
         "batch_size": job.batch_size,
@@ -200,13 +204,13 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _method(job: Job, name: str) -> dict[str, str]:
-    if job.maps is not None and name in given_methods(job.maps):
-        return {"title": name, "source": "given maps"}
+    if job.maps is not None and name in precomputed_methods(job.maps):
+        return {"title": name, "source": "precomputed maps"}
     return {"title": methods.METHODS[name].title, "source": methods.METHODS[name].source}
 
 
 def _begin(out: Path, protocol: dict[str, Any]) -> None:
-    """Begin a journal, or go on with that of the same bench."""
+    """Begin a journal, or resume that of the same bench."""
     file = out / "protocol.json"
     if file.exists():
         _check_same(file, protocol)
@@ -230,12 +234,12 @@ def _check_same(file: Path, protocol: dict[str, Any]) -> None:
 
 
 def _known(out: Path) -> dict[Key, Record]:
-    """What was done before, after a kill too."""
+    """Read the records of earlier runs."""
     for journal in out.glob("records*.jsonl"):
-        records.mend(journal)
+        records.truncate_partial_line(journal)
     return _journal(out)
 
 
 def _journal(out: Path) -> dict[Key, Record]:
-    """All records of all ranks, each once."""
+    """Read the records of all ranks, each once."""
     return {records.key(record): record for file in sorted(out.glob("records*.jsonl")) for record in records.read(file)}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .account import (
+from .results_view import (
     KINDS,
     NONE,
     Results,
@@ -57,19 +57,19 @@ def markdown(results: Results) -> str:
     Example:
         >>> metric = {"title": "Pointing", "text": "argmax in a box", "unit": "%", "better": "higher", "kind": "order"}
         >>> protocol = {"model": "vgg16", "data": "photos", "images": 20, "seed": 0, "metrics": {"pointing": metric}}
-        >>> protocol["methods"] = {"tsgb": {"title": "TSGB", "source": "tsgb.explain"}}
-        >>> row = {"method": "tsgb", "metric": "pointing", "value": 90.0, "low": 75.0, "high": 100.0, "n": 20}
+        >>> protocol["methods"] = {"tsgb-fused": {"title": "TSGB (fused)", "source": "tsgb.explain"}}
+        >>> row = {"method": "tsgb-fused", "metric": "pointing", "value": 90.0, "low": 75.0, "high": 100.0, "n": 20}
         >>> print(markdown({"protocol": protocol, "rows": [row]}))
         Model `vgg16`, data `photos`, 20 images, seed 0. Value [95 % interval]; ↑ higher is better, ↓ lower; best bold.
         <BLANKLINE>
-        | method |   Pointing ↑ %, n = 20 |
-        | :----- | ---------------------: |
-        | TSGB   | **90.0** [75.0, 100.0] |
+        | method       |   Pointing ↑ %, n = 20 |
+        | :----------- | ---------------------: |
+        | TSGB (fused) | **90.0** [75.0, 100.0] |
         <BLANKLINE>
         ## Protocol
         <BLANKLINE>
         - **Pointing**: argmax in a box
-        - **TSGB**: tsgb.explain
+        - **TSGB (fused)**: tsgb.explain
         <BLANKLINE>
         Seed 0.
         <BLANKLINE>
@@ -90,7 +90,7 @@ def markdown(results: Results) -> str:
 
 def _heading(protocol: Mapping[str, Any]) -> str:
     images = f"{protocol['images']} image" + ("" if protocol["images"] == 1 else "s")
-    images += f" of [{protocol['pictures']}]" if "pictures" in protocol else ""
+    images += f" of [{protocol['slice']}]" if "slice" in protocol else ""
     run = f"Model {_code(protocol['model'])}, data {_code(protocol['data'])}, {images}, seed {protocol['seed']}."
     return f"{run} Value [95 % interval]; ↑ higher is better, ↓ lower; best bold."
 

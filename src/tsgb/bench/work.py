@@ -1,4 +1,4 @@
-"""One worker of a bench: it holds the network and the dataset, and turns pictures and grids into records."""
+"""One process of a bench: it loads the network and the dataset, and turns images and grids into records."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import methods, pictures
+from .. import images, methods
 from ..categories import classes_of
 from ..data import Dataset, Sample, open_dataset
 from ..models import Network
 from ..report import one_line
 from . import gallery, records
 from .cascade import cascade
+from .evaluate import (
+    PER_CASE,
+    PER_IMAGE,
+    ImageContext,
+    Value,
+    evaluate_case,
+    evaluate_grid,
+    evaluate_image,
+    other_class,
+    seed_of,
+)
 from .gallery import Gallery
-from .given import folder_of, given_maps, given_methods, slice_of
-from .judge import PER_CASE, PER_PICTURE, Sight, Value, judge_case, judge_grid, judge_picture, other_class, seed_of
+from .precomputed_maps import folder_of, precomputed_methods, read_maps, slice_of
 from .protocol import is_asked
-from .subjects import Classifier, Subject, compose, picture_of, subject
+from .samples import Classifier, EvalSample, compose, image_of, prepare_sample
 
 __all__ = ["Grid", "Job", "Worker"]
 
@@ -33,7 +43,7 @@ Maps = dict[int, Tensor]  # class to map (H, W)
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done; it goes to other processes, which load the network and open the dataset themselves."""
+    """A description of a bench, sent to worker processes, which load the network and open the dataset themselves."""
 
     load: Callable[[], Network]
     data: str | Path | None
@@ -42,14 +52,14 @@ class Job:
     seed: int
     batch_size: int
     out: Path
-    maps: Path | None = None  # a folder of given maps, judged beside the methods
-    left_out: tuple[tuple[str, str], ...] = ()  # methods that were not run, and why
-    pictures: str | None = None  # which of the dataset's, as a Python slice
+    maps: Path | None = None  # a folder of precomputed maps, see `precomputed_maps`
+    left_out: tuple[tuple[str, str], ...] = ()  # methods that do not run, and why
+    images: str | None = None  # a Python slice of the dataset
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of pictures: its name in the records, and the indices of its pictures and their classes, row by row."""
+    """A grid of images: its name in the records, and the indices of its images and their classes, row by row."""
 
     unit: str
     indices: tuple[int, ...]
@@ -57,16 +67,16 @@ class Grid:
 
 
 @dataclass
-class _Looked:
-    """A picture that was read, with what the network says of it."""
+class Prepared:
+    """A sample as the network sees it, with its logits and the classes whose maps are needed."""
 
-    subject: Subject
+    sample: EvalSample
     logits: Tensor
-    wanted: list[int]  # the classes whose maps are needed
+    wanted: list[int]
 
 
 class Worker:
-    """A process's part in a job; ``rank`` tells the journals of several machines apart."""
+    """A process's part in a job. Each ``rank`` has a journal of its own."""
 
     def __init__(self, job: Job, rank: int = 0) -> None:
         self.job = job
@@ -75,7 +85,7 @@ class Worker:
 
     @cached_property
     def network(self) -> Network:
-        """The network, loaded when first asked for."""
+        """The network, loaded at first use."""
         return self.job.load()
 
     @cached_property
@@ -85,83 +95,85 @@ class Worker:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The dataset, opened when first asked for."""
+        """The dataset, opened at first use."""
         return open_dataset(self.job.data)
 
     @cached_property
     def samples(self) -> Sequence[Sample]:
-        """The pictures of the dataset that were asked for."""
+        """The requested images of the dataset."""
         samples = self.dataset.samples
-        if self.job.pictures is None:
+        if self.job.images is None:
             return samples
-        found = samples[slice_of(self.job.pictures)]
+        found = samples[slice_of(self.job.images)]
         if not found:
-            raise ValueError(f"pictures {self.job.pictures!r} takes none of the {len(samples)} of {self.dataset.name}")
+            raise ValueError(f"images {self.job.images!r} takes none of the {len(samples)} of {self.dataset.name}")
         return found
 
-    def do_pictures(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> None:
-        """Judge every method on some pictures, all in one batch, and write the records that are not there yet."""
-        looked = self._looked(indices, done)
-        if not looked or not is_asked(self.job.metrics, *PER_CASE, *PER_PICTURE):
+    def do_images(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> None:
+        """Evaluate every method on a batch of images, and append the records that the journal lacks."""
+        prepared = self._prepare(indices, done)
+        if not prepared or not is_asked(self.job.metrics, *PER_CASE, *PER_IMAGE):
             return
-        todo = [m for m in self.job.methods if any((one.subject.unit, m) not in done for one in looked)]
-        after = self._after(looked, todo) if is_asked(self.job.metrics, "cascade") else {}
+        todo = [m for m in self.job.methods if any((one.sample.unit, m) not in done for one in prepared)]
+        after = self._after(prepared, todo) if is_asked(self.job.metrics, "cascade") else {}
         for method in todo:
-            found, drawn = [], self._maps(method, looked, self.model)
-            for one, (maps, errors) in zip(looked, drawn, strict=True):
-                stages, lost = after.get((method, one.subject.unit), ([], []))
+            found, drawn = [], self._maps(method, prepared, self.model)
+            for one, (maps, errors) in zip(prepared, drawn, strict=True):
+                stages, lost = after.get((method, one.sample.unit), ([], []))
                 errors = errors + lost
                 values = self._values(method, one, maps, stages, errors)
-                found.append(_record(one.subject.unit, one.subject.index, method, values, errors))
+                found.append(_record(one.sample.unit, one.sample.index, method, values, errors))
             records.append(self.journal, [record for record in found if records.key(record) not in done])
-            self._show(method, looked, found, [maps for maps, _ in drawn])
+            self._show(method, prepared, found, [maps for maps, _ in drawn])
 
     def do_grids(self, grids: Sequence[Grid], done: frozenset[tuple[str, str]]) -> None:
-        """Judge every method on some grids of one size, all in one batch, and write the records."""
-        looked = []
+        """Evaluate every method on a batch of grids of one size, and append the records."""
+        prepared = []
         for grid in grids:
             tensor = compose([self.tensor(self.samples[index].read()) for index in grid.indices])
-            whole = Subject(grid.unit, grid.indices[0], tensor, (1.0, 1.0), (), ())
-            looked.append(_Looked(whole, torch.empty(0), list(grid.targets)))
+            whole = EvalSample(grid.unit, grid.indices[0], tensor, (1.0, 1.0), (), ())
+            prepared.append(Prepared(whole, torch.empty(0), list(grid.targets)))
         for method in self.job.methods:
             if all((grid.unit, method) in done for grid in grids):
                 continue
             found = []
-            for one, (maps, errors) in zip(looked, self._maps(method, looked, self.model), strict=True):
+            for one, (maps, errors) in zip(prepared, self._maps(method, prepared, self.model), strict=True):
                 values: list[Value] = []
                 if not errors:
                     stacked = torch.stack([maps[target] for target in one.wanted])
-                    values = judge_grid(stacked, one.wanted, one.subject.unit, method, self.job.metrics, self.job.seed)
+                    values = evaluate_grid(
+                        stacked, one.wanted, one.sample.unit, method, self.job.metrics, self.job.seed
+                    )
                     values = _finite(values, errors)
-                found.append(_record(one.subject.unit, one.subject.index, method, values, errors))
+                found.append(_record(one.sample.unit, one.sample.index, method, values, errors))
             records.append(self.journal, [record for record in found if records.key(record) not in done])
 
     def draw_worst(self, found: Sequence[records.Record]) -> None:
-        """Draw what the page shows and is not there, as it was lost with a killed process or left to others."""
+        """Draw the overlays that the page shows and that are missing, for instance after a kill."""
         for index, lacking in gallery.lacking(self.job.out, self.job.methods, found):
-            for one in self._looked([index], frozenset([(self.samples[index].name, "")])):
-                picture = picture_of(one.subject.tensor, self.network.preprocessing)
+            for one in self._prepare([index], frozenset([(self.samples[index].name, "")])):
+                image = image_of(one.sample.tensor, self.network.preprocessing)
                 for method in lacking:
                     maps = self._maps(method, [one], self.model)[0][0] if method else {}
                     if not method or one.wanted[0] in maps:
-                        self.gallery.draw(index, method, picture, maps.get(one.wanted[0]))
+                        self.gallery.draw(index, method, image, maps.get(one.wanted[0]))
 
-    def _looked(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> list[_Looked]:
-        """Read pictures and run the network on them; write down what is to be said of each."""
+    def _prepare(self, indices: Sequence[int], done: frozenset[tuple[str, str]]) -> list[Prepared]:
+        """Read images and run the network on them; append a note on each."""
         notes: list[records.Record] = []
         read: list[tuple[int, Sample, Image.Image, Tensor]] = []
         for index in indices:
             sample = self.samples[index]
             try:
-                picture = sample.read()
-                read.append((index, sample, picture, self.tensor(picture)))
-            except Exception as error:  # whatever is wrong with a picture, the rest goes on
+                image = sample.read()
+                read.append((index, sample, image, self.tensor(image)))
+            except Exception as error:  # one broken image must not stop the rest
                 notes.append(_note(sample.name, index, [_named(sample.name, error)]))
-        looked = []
+        prepared = []
         for one, logits in zip(read, self._logits([tensor for *_, tensor in read]), strict=True):
-            index, sample, picture, tensor = one
+            index, sample, image, tensor = one
             try:
-                found = subject(sample, index, picture, tensor, logits, self.dataset, self.network)
+                found = prepare_sample(sample, index, image, tensor, logits, self.dataset, self.network)
             except ValueError as error:
                 notes.append(_note(sample.name, index, [_named(sample.name, error)]))
                 continue
@@ -169,15 +181,15 @@ class Worker:
             said = {
                 "cases": len(found.cases),
                 "distant": found.distant,
-                "judged": bool(wanted),
+                "evaluated": bool(wanted),
                 "shown": self._label(wanted[0]) if wanted else None,
                 "confidence": self._confidence(sample, logits),
             }
             notes.append(_note(sample.name, index, list(found.problems), **said))
             if wanted:
-                looked.append(_Looked(found, logits, wanted))
+                prepared.append(Prepared(found, logits, wanted))
         records.append(self.journal, [note for note in notes if records.key(note) not in done])
-        return looked
+        return prepared
 
     def _logits(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if not tensors:
@@ -186,11 +198,11 @@ class Worker:
             logits: Tensor = self.model(torch.stack(list(tensors)))
         return list(logits.float())
 
-    def _wanted(self, found: Subject, logits: Tensor) -> list[int]:
-        """The classes whose maps the metrics need: of the annotation, and the predicted, the second, and another."""
+    def _wanted(self, found: EvalSample, logits: Tensor) -> list[int]:
+        """List the classes whose maps are needed: the annotated, the predicted, the second best, a random one."""
         metrics = self.job.metrics
         wanted = [case.target for case in found.cases] if is_asked(metrics, *PER_CASE) else []
-        if is_asked(metrics, *PER_PICTURE):
+        if is_asked(metrics, *PER_IMAGE):
             best, second = _two_best(logits)
             wanted.append(best)
             if "sensitivity" in metrics:
@@ -199,73 +211,75 @@ class Worker:
                 wanted.append(other_class(best, len(logits), seed_of(self.job.seed, found.unit)))
         return list(dict.fromkeys(wanted))
 
-    def _maps(self, method: str, looked: Sequence[_Looked], model: torch.nn.Module) -> list[tuple[Maps, list[str]]]:
-        """A method's maps of each picture by class, and what went wrong; a batch that fails is tried one by one."""
-        if self.job.maps is not None and method in self._given:
+    def _maps(self, method: str, prepared: Sequence[Prepared], model: torch.nn.Module) -> list[tuple[Maps, list[str]]]:
+        """Compute a method's maps of each image by class, with errors. A batch that fails is retried image by image."""
+        if self.job.maps is not None and method in self._precomputed:
             folder = folder_of(self.job.maps, method)
-            return [given_maps(folder, self._labels[one.subject.unit], one.wanted) for one in looked]
+            return [read_maps(folder, self._labels[one.sample.unit], one.wanted) for one in prepared]
         found: dict[int, tuple[Maps, list[str]]] = {}
-        for count in sorted({len(one.wanted) for one in looked}):
-            group = [place for place, one in enumerate(looked) if len(one.wanted) == count]
+        for count in sorted({len(one.wanted) for one in prepared}):
+            group = [place for place, one in enumerate(prepared) if len(one.wanted) == count]
             try:
-                found.update(zip(group, self._batch(method, [looked[place] for place in group], model), strict=True))
+                found.update(zip(group, self._batch(method, [prepared[place] for place in group], model), strict=True))
             except Exception:
                 for place in group:
                     try:
-                        found[place] = self._batch(method, [looked[place]], model)[0]
-                    except Exception as error:  # a rival on a network that it was not made for may raise anything
+                        found[place] = self._batch(method, [prepared[place]], model)[0]
+                    except Exception as error:  # a method may raise anything on a network that it does not support
                         found[place] = {}, [one_line(error)]
-        return [found[place] for place in range(len(looked))]
+        return [found[place] for place in range(len(prepared))]
 
-    def _batch(self, method: str, looked: Sequence[_Looked], model: torch.nn.Module) -> list[tuple[Maps, list[str]]]:
-        images = torch.stack([one.subject.tensor for one in looked])
-        targets = torch.tensor([one.wanted for one in looked])
+    def _batch(self, method: str, prepared: Sequence[Prepared], model: torch.nn.Module) -> list[tuple[Maps, list[str]]]:
+        images = torch.stack([one.sample.tensor for one in prepared])
+        targets = torch.tensor([one.wanted for one in prepared])
         maps = methods.attribute(method, model, images, targets, self.job.seed)
-        return [(dict(zip(one.wanted, row, strict=True)), []) for one, row in zip(looked, maps, strict=True)]
+        return [(dict(zip(one.wanted, row, strict=True)), []) for one, row in zip(prepared, maps, strict=True)]
 
     def _after(
-        self, looked: Sequence[_Looked], todo: Sequence[str]
+        self, prepared: Sequence[Prepared], todo: Sequence[str]
     ) -> dict[tuple[str, str], tuple[list[Tensor], list[str]]]:
-        """By method and unit: the predicted class's maps under a network that forgets from the head downwards."""
+        """Compute the predicted class's maps at each stage of the cascading randomisation, by method and unit."""
         after: dict[tuple[str, str], tuple[list[Tensor], list[str]]] = {
-            (method, one.subject.unit): ([], []) for method in todo for one in looked
+            (method, one.sample.unit): ([], []) for method in todo for one in prepared
         }
-        predicted = [_Looked(one.subject, one.logits, [_two_best(one.logits)[0]]) for one in looked]
-        for forgetful in cascade(self.model, looked[0].subject.tensor[None], self.job.seed):
+        predicted = [Prepared(one.sample, one.logits, [_two_best(one.logits)[0]]) for one in prepared]
+        for forgetful in cascade(self.model, prepared[0].sample.tensor[None], self.job.seed):
             for method in todo:
                 for one, (maps, errors) in zip(predicted, self._maps(method, predicted, forgetful), strict=True):
-                    stages, problems = after[method, one.subject.unit]
+                    stages, problems = after[method, one.sample.unit]
                     stages += [maps[one.wanted[0]]] if maps else []
                     problems += [f"randomised: {error}" for error in errors if not problems]
         return after
 
-    def _values(self, method: str, one: _Looked, maps: Maps, after: Sequence[Tensor], errors: list[str]) -> list[Value]:
-        """The values of one picture's maps; what cannot be judged is added to the errors."""
+    def _values(
+        self, method: str, one: Prepared, maps: Maps, after: Sequence[Tensor], errors: list[str]
+    ) -> list[Value]:
+        """Evaluate one image's maps. Failures are added to the errors."""
         job, values = self.job, []
-        for case in one.subject.cases if is_asked(job.metrics, *PER_CASE) else ():
+        for case in one.sample.cases if is_asked(job.metrics, *PER_CASE) else ():
             if case.target in maps:
                 try:
-                    values += judge_case(maps[case.target], case, one.subject, method, job.metrics, job.seed)
+                    values += evaluate_case(maps[case.target], case, one.sample, method, job.metrics, job.seed)
                 except ValueError as error:
                     errors.append(f"class {case.target}: {error}")
         best, second = _two_best(one.logits)
-        if is_asked(job.metrics, *PER_PICTURE) and best in maps:
-            other = other_class(best, len(one.logits), seed_of(job.seed, one.subject.unit))
-            sight = Sight(self.model, one.subject.tensor, best, second, other, [] if errors else after)
+        if is_asked(job.metrics, *PER_IMAGE) and best in maps:
+            other = other_class(best, len(one.logits), seed_of(job.seed, one.sample.unit))
+            context = ImageContext(self.model, one.sample.tensor, best, second, other, [] if errors else after)
             try:
-                values += judge_picture(maps, sight, job.metrics, job.seed)
+                values += evaluate_image(maps, context, job.metrics, job.seed)
             except ValueError as error:
                 errors.append(str(error))
         return _finite(values, errors)
 
-    def tensor(self, picture: Image.Image) -> Tensor:
-        """A picture as the network's input (3, H, W), on its device."""
-        tensor = self.network.preprocessing.tensor(picture)
+    def tensor(self, image: Image.Image) -> Tensor:
+        """Turn an image into the network's input (3, H, W), on its device."""
+        tensor = self.network.preprocessing.tensor(image)
         held = next(self.network.model.parameters(), tensor)
         return tensor.to(held.device, held.dtype)
 
     def _confidence(self, sample: Sample, logits: Tensor) -> list[Any] | None:
-        """For grids: the class of a picture of one class, and the network's confidence in it if it predicts it."""
+        """Return the class of an image with one class and the network's confidence in it, if it predicts that class."""
         if not is_asked(self.job.metrics, "grid", "grid_ap") or len(sample.categories) != 1:
             return None
         category = sample.categories[0]
@@ -274,32 +288,32 @@ class Worker:
         return [predicted, float(logits.softmax(0)[predicted])] if known == (predicted,) else None
 
     def _show(
-        self, method: str, looked: Sequence[_Looked], found: Sequence[records.Record], drawn: Sequence[Maps]
+        self, method: str, prepared: Sequence[Prepared], found: Sequence[records.Record], drawn: Sequence[Maps]
     ) -> None:
-        """Keep what the page shows of pictures on which the first method does badly."""
+        """Draw overlays for the images on which the first method does worst."""
         is_first = method == self.job.methods[0]
-        for one, record in zip(looked, found, strict=True):
+        for one, record in zip(prepared, found, strict=True):
             if is_first:
-                self.gallery.admit(one.subject.index, record)
-        for one, maps in zip(looked, drawn, strict=True):
-            index, map = one.subject.index, maps.get(one.wanted[0])
+                self.gallery.admit(one.sample.index, record)
+        for one, maps in zip(prepared, drawn, strict=True):
+            index, map = one.sample.index, maps.get(one.wanted[0])
             if index in self.gallery:
-                picture = picture_of(one.subject.tensor, self.network.preprocessing)
+                image = image_of(one.sample.tensor, self.network.preprocessing)
                 if is_first:
-                    self.gallery.draw(index, "", picture, None)
+                    self.gallery.draw(index, "", image, None)
                 if map is not None:
-                    self.gallery.draw(index, method, picture, map)
+                    self.gallery.draw(index, method, image, map)
 
     @cached_property
-    def _given(self) -> tuple[str, ...]:
-        """Names of the methods whose maps are given."""
-        return () if self.job.maps is None else given_methods(self.job.maps)
+    def _precomputed(self) -> tuple[str, ...]:
+        """Names of the methods with precomputed maps."""
+        return () if self.job.maps is None else precomputed_methods(self.job.maps)
 
     @cached_property
     def _labels(self) -> dict[str, str]:
-        """What stands for each picture in the names of given maps, as `tsgb explain` names its own."""
+        """The label of each image in the file names of precomputed maps, as `tsgb explain` writes them."""
         names = [sample.name for sample in self.dataset.samples]
-        return dict(zip(names, pictures.labels([Path(name) for name in names]), strict=True))
+        return dict(zip(names, images.labels([Path(name) for name in names]), strict=True))
 
     def _label(self, target: int) -> str:
         names = self.network.names
@@ -307,7 +321,7 @@ class Worker:
 
 
 def _finite(values: list[Value], errors: list[str]) -> list[Value]:
-    """Values without those that are not finite, as of a map whose sum overflows; they are added to the errors."""
+    """Drop values that are not finite, for instance of a map whose sum overflows, and add them to the errors."""
     broken = {name for name, _, value in values if isinstance(value, float) and not math.isfinite(value)}
     errors += [f"{name} is not finite: the map's values are too large" for name in sorted(broken)]
     return [value for value in values if value[0] not in broken]
@@ -318,7 +332,7 @@ def _record(unit: str, index: int, method: str, values: list[Value], errors: lis
 
 
 def _note(unit: str, index: int, problems: list[str], **said: Any) -> records.Record:
-    return {"unit": unit, "index": index, "method": "", "problems": problems, "judged": False, **said}
+    return {"unit": unit, "index": index, "method": "", "problems": problems, "evaluated": False, **said}
 
 
 def _named(unit: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Annotated pictures: what a data set of any layout is to the rest of the package, and the layouts that are read.
+"""Annotated images: what a data set of any layout is to the rest of the package, and the layouts that are read.
 
 >>> scenes = open_dataset()
 >>> [scenes.categories[index].name for index in scenes.samples[1].categories]

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import pictures
+from ..images import MAX_PIXELS
+from ..images import read as read_image
 from .dataset import Category, DataError, Dataset, Region, Sample, box_array, is_number, shown
 from .files import inside, read_json
 from .segmentation import union_mask
@@ -21,15 +22,15 @@ Size = tuple[int, int] | None
 def open_coco(file: Path) -> Dataset:
     """Open an annotation file in COCO's layout.
 
-    Samples are in the order of `images`. The pictures lie in the first of these folders that has one of them: images/
+    Samples are in the order of `images`. The images lie in the first of these folders that has one of them: images/
     beside the file, the file's folder, images/ one folder up, and, for instances_val2017.json, val2017/ one folder up.
-    A picture that is not there stays a sample, and reading it fails; one without annotation has the categories ().
+    An image that is not there stays a sample, and reading it fails; one without annotation has the categories ().
 
-    Boxes are clipped to the picture; an annotation whose box is empty then is left out with its mask. Annotations with
+    Boxes are clipped to the image; an annotation whose box is empty then is left out with its mask. Annotations with
     `iscrowd` 1, which stand for unknown many objects, are left out of boxes and masks alike, so a class of which there
     is nothing else is not among the categories. Segmentations are polygons or run lengths, compressed or not, and a
     class whose annotations all have one gets a mask, their union; reading it needs pycocotools. Boxes and masks refer
-    to the size in the file, which for a picture with an EXIF orientation is that of the stored pixels.
+    to the size in the file, which for an image with an EXIF orientation is that of the stored pixels.
 
     Args:
         file: The JSON file. Every entry that is broken, that repeats another or refers to an unknown one is passed
@@ -52,18 +53,18 @@ def open_coco(file: Path) -> Dataset:
     categories = _categories(record, problems)
     images = _images(record, problems)
     found = _annotations(record, categories, images, problems)
-    root = _picture_folder(file, [name for name, _ in images.values()])
+    root = _image_folder(file, [name for name, _ in images.values()])
     samples = []
     for key, (name, size) in images.items():
         by_category = {category: found[key][category] for category in sorted(found[key])}
-        read = partial(pictures.read, root / name)
+        read = partial(read_image, root / name)
         regions = partial(_regions, by_category, size, f"{file}: {shown(name)}")
         samples.append(Sample(name, tuple(by_category), read, regions, size))
     title = file.resolve().parent.name if file.name == "annotations.json" else file.stem
     return Dataset(title, "coco", categories, tuple(samples), tuple(f"{file.name}: {problem}" for problem in problems))
 
 
-def _picture_folder(file: Path, names: Sequence[str]) -> Path:
+def _image_folder(file: Path, names: Sequence[str]) -> Path:
     folders = [file.parent / "images", file.parent, file.parent / ".." / "images"]
     if file.stem.startswith("instances_"):
         folders.append(file.parent / ".." / file.stem.removeprefix("instances_"))
@@ -111,7 +112,7 @@ def _images(record: Record, problems: list[str]) -> dict[Key, tuple[str, Size]]:
         else:
             if size is None:
                 got = f"{shown(entry.get('width'))} x {shown(entry.get('height'))}"
-                problems.append(f"{where}: its masks are left out, as no picture can be of width x height {got}")
+                problems.append(f"{where}: its masks are left out, as no image can be of width x height {got}")
             images[key] = name, size
             names.add(name)
     return images
@@ -119,7 +120,7 @@ def _images(record: Record, problems: list[str]) -> dict[Key, tuple[str, Size]]:
 
 def _size(image: Record) -> Size:
     width, height = (_side(image.get(side)) for side in ("width", "height"))
-    return (width, height) if 1 <= width * height <= pictures.MAX_PIXELS else None
+    return (width, height) if 1 <= width * height <= MAX_PIXELS else None
 
 
 def _side(value: Any) -> int:
@@ -141,7 +142,7 @@ def _annotations(
         elif entry.get("iscrowd") == 1:
             continue
         elif len(box_array([_edges(box)], images[key][1])) == 0:
-            problems.append(f"{where}: nothing of the bbox {shown(box)} lies in the picture")
+            problems.append(f"{where}: nothing of the bbox {shown(box)} lies in the image")
         else:
             found[key].setdefault(category, []).append(entry)
     return found

@@ -1,4 +1,4 @@
-"""What a data set of any layout comes down to: samples, each a picture and the regions of the classes in it."""
+"""What a data set of any layout comes down to: samples, each an image and the regions of the classes in it."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from PIL import Image
 
 __all__ = ["Category", "DataError", "Dataset", "Region", "Sample", "box_array", "is_number", "shown", "without_boxes"]
 
-_MOST = 1e7  # pixels: no picture is as long, and what is larger would overflow further on
+_MOST = 1e7  # pixels: no image is as long, and what is larger would overflow further on
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 60
@@ -31,7 +31,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Region:
-    """Where the objects of one class are in a picture.
+    """Where the objects of one class are in an image.
 
     Attributes:
         category: Key into `Dataset.categories`.
@@ -48,17 +48,17 @@ class Region:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a data set.
+    """One image of a data set.
 
     Attributes:
-        name: Its path in the data set's picture folder, with forward slashes, or `scene-000012`; no other sample of
+        name: Its path in the data set's image folder, with forward slashes, or `scene-000012`; no other sample of
             the data set has it.
         categories: The classes that are annotated in it, ascending, each once; () where none is.
-        read: Reads the picture, upright and RGB; raises `tsgb.pictures.PictureError`.
+        read: Reads the image, upright and RGB; raises `tsgb.images.ImageError`.
         regions: Reads one region for each of `categories`, in their order; raises ValueError, one line that names the
             file, where the annotation is broken.
-        size: Width and height that the annotation gives the picture, which boxes and masks refer to; None where it
-            gives none. A picture that `read` turns upright may differ from it.
+        size: Width and height that the annotation gives the image, which boxes and masks refer to; None where it
+            gives none. An image that `read` turns upright may differ from it.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Dataset:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is an int or float that can be a place in a picture: no bool, not NaN, below 1e7.
+    """Tell whether a value is an int or float that can be a place in an image: no bool, not NaN, below 1e7.
 
     Example:
         >>> is_number(3.5), is_number("3"), is_number(True), is_number(float("nan")), is_number(10**400)
@@ -98,11 +98,11 @@ def is_number(value: object) -> bool:
 
 
 def box_array(boxes: Sequence[Sequence[float]], size: tuple[int, int] | None) -> npt.NDArray[np.float64]:
-    """Clip boxes to the picture and leave out what is empty then.
+    """Clip boxes to the image and leave out what is empty then.
 
     Args:
         boxes: n times left, upper, right, lower edge.
-        size: Width and height of the picture; None clips at the left and upper edge alone.
+        size: Width and height of the image; None clips at the left and upper edge alone.
 
     Returns:
         (m, 4) float64, m <= n.
@@ -117,7 +117,7 @@ def box_array(boxes: Sequence[Sequence[float]], size: tuple[int, int] | None) ->
 
 
 def without_boxes(categories: tuple[int, ...]) -> tuple[Region, ...]:
-    """Return the regions of a picture of which only the classes are known.
+    """Return the regions of an image of which only the classes are known.
 
     Example:
         >>> without_boxes((3,))[0].boxes.shape

@@ -9,11 +9,11 @@ from .dataset import DataError
 
 __all__ = ["inside", "read_json", "read_xml"]
 
-_XML_BYTES = 2_000_000  # a picture's annotation has some thousand
+_XML_BYTES = 2_000_000  # an image's annotation has some thousand
 
 
 def inside(name: object) -> str | None:
-    """Return a file name from an annotation as a path below the picture folder; None if it is none or leads out.
+    """Return a file name from an annotation as a path below the image folder; None if it is none or leads out.
 
     Example:
         >>> inside("./val//cat.jpg"), inside("../cat.jpg"), inside("/cat.jpg"), inside(7)

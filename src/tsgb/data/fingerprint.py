@@ -5,7 +5,7 @@ from pathlib import Path
 
 __all__ = ["fingerprint"]
 
-_READ = {".json", ".xml", ".txt", ".npy"}  # what is read whole; of pictures the size tells enough
+_READ = {".json", ".xml", ".txt", ".npy"}  # what is read whole; of images the size tells enough
 
 
 def fingerprint(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""Layout "folders": a subfolder of pictures for each class."""
+"""Layout "folders": a subfolder of images for each class."""
 
 from functools import partial
 from pathlib import Path
 
-from .. import pictures
+from .. import images
 from .dataset import Category, DataError, Dataset, Sample, without_boxes
 from .wnids import imagenet_wnids
 
@@ -11,18 +11,18 @@ __all__ = ["class_folders", "open_folders"]
 
 
 def open_folders(folder: Path) -> Dataset:
-    """Open a folder whose subfolders hold the pictures of one class each.
+    """Open a folder whose subfolders hold the images of one class each.
 
     The classes are numbered from 0 on in the sorted order of the subfolders' names as text, as torchvision's
     ImageFolder has it: "10" comes before "2". Where every name is a wnid of ImageNet's 1000 classes, they have
-    ImageNet's numbers. Hidden subfolders are passed over, as are pictures further below. The
+    ImageNet's numbers. Hidden subfolders are passed over, as are images further below. The
     samples are ordered by class and name and have no boxes.
 
     Args:
         folder: The folder above those of the classes.
 
     Raises:
-        DataError: If no subfolder holds a picture.
+        DataError: If no subfolder holds an image.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -41,15 +41,15 @@ def open_folders(folder: Path) -> Dataset:
         index = wnids[path.name] if known else place
         categories[index] = Category(path.name, path.name if path.name in wnids else None)
         try:
-            files = pictures.collect([path])
-        except pictures.PictureError as error:
+            files = images.collect([path])
+        except images.ImageError as error:
             problems.append(str(error))
             continue
         for file in files:
             name, regions = file.relative_to(folder).as_posix(), partial(without_boxes, (index,))
-            samples.append(Sample(name, (index,), partial(pictures.read, file), regions))
+            samples.append(Sample(name, (index,), partial(images.read, file), regions))
     if not samples:
-        raise DataError(f"{folder}: none of its subfolders holds a picture")
+        raise DataError(f"{folder}: none of its subfolders holds an image")
     return Dataset(folder.resolve().name, "folders", categories, tuple(samples), tuple(problems))
 
 

@@ -1,10 +1,10 @@
-"""Layout "imagenet": pictures with XML files that name objects by WordNet id, as in ILSVRC's localisation task."""
+"""Layout "imagenet": images with XML files that name objects by WordNet id, as in ILSVRC's localisation task."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from .. import pictures
+from .. import images
 from .dataset import Category, DataError, Dataset, Sample, shown, without_boxes
 from .objects import box_regions, boxes_by_class, broken, read_annotation
 from .wnids import imagenet_wnids
@@ -15,12 +15,12 @@ _SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 def open_imagenet(folder: Path) -> Dataset:
-    """Open ILSVRC's validation set, or any folder of pictures annotated like it.
+    """Open ILSVRC's validation set, or any folder of images annotated like it.
 
     The XML files lie in Annotations/CLS-LOC/val/, else anywhere below Annotations/, else in the folder or its
-    subfolders; the pictures in Data/CLS-LOC/val/, else anywhere below the folder. They belong together by their stem.
+    subfolders; the images in Data/CLS-LOC/val/, else anywhere below the folder. They belong together by their stem.
     Samples are ordered by path; the categories are ImageNet's 0..999. The edges of a box are xmin and xmax as they
-    stand, clipped to the picture. Every annotation is read when the data set is opened: 50 000 take some seconds. Where
+    stand, clipped to the image. Every annotation is read when the data set is opened: 50 000 take some seconds. Where
     one is broken, or has objects of which none can be used, the sample has no categories and its `regions` raise
     ValueError with the reason.
 
@@ -50,7 +50,7 @@ def open_imagenet(folder: Path) -> Dataset:
     samples = []
     for photograph in _by_stem(folder, photographs, problems).values():
         samples.append(_sample(photograph.relative_to(root).as_posix(), photograph, by_stem, problems))
-    problems.extend(f"{file.name}: no picture for it" for file in by_stem.values())
+    problems.extend(f"{file.name}: no image for it" for file in by_stem.values())
     if not any(sample.categories for sample in samples):
         reasons = [*_faults(samples), *problems]
         told = f" ({reasons[0]})" if reasons else ""
@@ -76,7 +76,7 @@ def _by_stem(folder: Path, files: Sequence[Path], problems: list[str]) -> dict[s
 
 
 def _sample(name: str, photograph: Path, files: dict[str, Path], problems: list[str]) -> Sample:
-    read = partial(pictures.read, photograph)
+    read = partial(images.read, photograph)
     file = files.pop(photograph.stem, None)
     if file is None:
         return Sample(name, (), read, partial(without_boxes, ()))

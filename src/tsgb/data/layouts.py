@@ -15,7 +15,7 @@ __all__ = ["open_dataset"]
 _UNDERSTOOD = (
     "understood are: annotations.json or another .json file in COCO layout; labels.json, {file name: class index}; "
     "Pascal VOC (Annotations/*.xml and JPEGImages/); ImageNet (XML files whose objects are named by wnid); a folder "
-    "with a subfolder of pictures for each class"
+    "with a subfolder of images for each class"
 )
 
 
@@ -25,10 +25,10 @@ def open_dataset(path: str | Path | None = None) -> Dataset:
     Args:
         path: A .json file in COCO layout, or a folder with, looked for in this order: annotations.json ("coco"),
             labels.json ("labels"), Annotations/ and JPEGImages/ ("voc"), XML files ("imagenet"), subfolders of
-            pictures ("folders"). None opens the bundled scenes.
+            images ("folders"). None opens the bundled scenes.
 
     Returns:
-        The data set; annotations are checked now as far as `problems` lists, pictures and masks are read later.
+        The data set; annotations are checked now as far as `problems` lists, images and masks are read later.
 
     Raises:
         DataError: If there is nothing, or nothing of these layouts.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from .. import pictures
+from .. import images
 from .dataset import Region, box_array, is_number, shown
 from .files import read_xml
 
@@ -17,7 +17,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Item:
-    """One object of a picture; its box is None where it is none."""
+    """One object of an image; its box is None where it is none."""
 
     name: str
     box: Box | None
@@ -26,7 +26,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What an XML file says of its picture: the size, and the objects in their order."""
+    """What an XML file says of its image: the size, and the objects in their order."""
 
     file: Path
     size: Size
@@ -55,7 +55,7 @@ def boxes_by_class(annotation: Annotation, classes: Mapping[str, int]) -> tuple[
     """Sort the boxes of an annotation by class.
 
     Objects that are marked as difficult are left out; those of an unknown name, or with a box that is broken or lies
-    outside of the picture, become problems.
+    outside of the image, become problems.
 
     Args:
         annotation: What was read.
@@ -82,11 +82,11 @@ def boxes_by_class(annotation: Annotation, classes: Mapping[str, int]) -> tuple[
         elif item.box is None:
             faults.append(f"object[{place}]: expected a bndbox with the numbers xmin, ymin, xmax and ymax")
         elif len(box_array([item.box], annotation.size)) == 0:
-            faults.append(f"object[{place}]: nothing of the box {shown(list(item.box))} lies in the picture")
+            faults.append(f"object[{place}]: nothing of the box {shown(list(item.box))} lies in the image")
         else:
             boxes.setdefault(classes[item.name], []).append(item.box)
     if annotation.items and not boxes:
-        raise ValueError(f"{annotation.file}: no object can be used: {_told(annotation, faults)}")
+        raise ValueError(f"{annotation.file}: no object can be used: {_reasons(annotation, faults)}")
     return {category: boxes[category] for category in sorted(boxes)}, [f"{annotation.file.name}: {f}" for f in faults]
 
 
@@ -101,7 +101,7 @@ def box_regions(boxes: Mapping[int, list[Box]], size: Size) -> tuple[Region, ...
 
 
 def broken(problem: str) -> tuple[Region, ...]:
-    """Raise ValueError with what is wrong with a picture's annotation, in place of its regions.
+    """Raise ValueError with what is wrong with an image's annotation, in place of its regions.
 
     Example:
         >>> broken("cat.xml: not an XML annotation")
@@ -112,10 +112,10 @@ def broken(problem: str) -> tuple[Region, ...]:
     raise ValueError(problem)
 
 
-def _told(annotation: Annotation, faults: list[str]) -> str:
+def _reasons(annotation: Annotation, faults: list[str]) -> str:
     difficult, more = sum(item.is_difficult for item in annotation.items), len(faults) - 1
-    told = [f"{difficult} marked as difficult"] if difficult else []
-    return ", ".join([*told, *faults[:1], *([f"{more} more faults"] if more > 0 else [])])
+    reasons = [f"{difficult} marked as difficult"] if difficult else []
+    return ", ".join([*reasons, *faults[:1], *([f"{more} more faults"] if more > 0 else [])])
 
 
 def _number(text: str | None) -> float | None:
@@ -128,7 +128,7 @@ def _number(text: str | None) -> float | None:
 
 def _size(root: Element) -> Size:
     width, height = (_number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
-    whole = width >= 1 and height >= 1 and width * height <= pictures.MAX_PIXELS
+    whole = width >= 1 and height >= 1 and width * height <= images.MAX_PIXELS
     return (int(width), int(height)) if whole else None
 
 

@@ -54,7 +54,7 @@ class _Scenes(Sequence[Sample]):
         return Sample(
             name=f"scene-{index:06}",
             categories=tuple(sorted(_scene(index).classes)),
-            read=partial(_picture, index),
+            read=partial(_image, index),
             regions=partial(_regions, index),
             size=(_SIZE, _SIZE),
         )
@@ -65,8 +65,8 @@ def _scene(index: int) -> scenes.Scene:
     return scenes.render(_FIRST_SEED + index, count=1 + index % 2, size=_SIZE)
 
 
-def _picture(index: int) -> Image.Image:
-    return Image.fromarray(_scene(index).picture)
+def _image(index: int) -> Image.Image:
+    return Image.fromarray(_scene(index).image)
 
 
 def _regions(index: int) -> tuple[Region, ...]:

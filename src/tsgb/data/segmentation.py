@@ -21,13 +21,13 @@ def union_mask(segmentations: Sequence[Any], size: tuple[int, int]) -> npt.NDArr
 
     Args:
         segmentations: Each a list of polygons, or `{"size": [height, width], "counts": list or text}`.
-        size: Width and height of the picture.
+        size: Width and height of the image.
 
     Returns:
         (H, W) bool, true where any of the segmentations is; None if nowhere.
 
     Raises:
-        ValueError: If a segmentation is none of the above, has not the picture's size, or lies far outside of it.
+        ValueError: If a segmentation is none of the above, has not the image's size, or lies far outside of it.
         ModuleNotFoundError: If pycocotools is not installed.
 
     Example:
@@ -58,7 +58,7 @@ def _check_polygons(polygons: Any, size: tuple[int, int]) -> None:
         if len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
             raise ValueError(f"polygon must be at least three pairs of numbers, got {shown(polygon)}")
         if max(map(abs, polygon)) > reach:
-            raise ValueError(f"polygon reaches far out of the picture of {size[0]} x {size[1]}: {shown(polygon)}")
+            raise ValueError(f"polygon reaches far out of the image of {size[0]} x {size[1]}: {shown(polygon)}")
 
 
 def _runs(api: Any, segmentation: dict[str, Any], size: tuple[int, int]) -> Any:
@@ -70,9 +70,9 @@ def _runs(api: Any, segmentation: dict[str, Any], size: tuple[int, int]) -> Any:
         counts = _decompressed(counts)
     elif not isinstance(counts, list):
         raise ValueError(f"counts must be a list or a text, got {shown(counts)}")
-    # Checked here, as the C code behind trusts them: runs beyond the picture would write beyond its memory.
+    # Checked here, as the C code behind trusts them: runs beyond the image would write beyond its memory.
     if not all(isinstance(count, int) and 0 <= count <= width * height for count in counts):
-        raise ValueError(f"counts must be integers from 0 on, none beyond the picture, got {shown(counts)}")
+        raise ValueError(f"counts must be integers from 0 on, none beyond the image, got {shown(counts)}")
     if sum(counts) != width * height:
         raise ValueError(f"counts must sum to {width} x {height} = {width * height}, got {sum(counts)}")
     return api.frPyObjects({"size": [height, width], "counts": counts}, height, width)

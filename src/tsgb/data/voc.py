@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .. import pictures
+from .. import images
 from .dataset import Category, DataError, Dataset, Region, Sample, box_array, shown, without_boxes
 from .objects import Annotation, Box, Size, boxes_by_class, broken, read_annotation
 
@@ -88,10 +88,10 @@ def open_voc(folder: Path) -> Dataset:
     everything = sorted(photographs.keys() | annotations.keys() | faults.keys())
     for stem in dict.fromkeys(everything if listed is None else listed):
         if stem not in photographs:
-            problems.append(f"JPEGImages: no picture for {shown(stem)}")
+            problems.append(f"JPEGImages: no image for {shown(stem)}")
         elif stem in faults:
             photograph = photographs[stem]
-            read, regions = partial(pictures.read, photograph), partial(broken, faults.pop(stem))
+            read, regions = partial(images.read, photograph), partial(broken, faults.pop(stem))
             samples.append(Sample(photograph.name, (), read, regions))
         else:
             samples.append(_sample(folder, photographs[stem], annotations.get(stem), classes, problems))
@@ -117,13 +117,13 @@ def _listed(folder: Path) -> list[str] | None:
     try:
         return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as a list of pictures: {error}") from error
+        raise DataError(f"{file}: cannot be read as a list of images: {error}") from error
 
 
 def _sample(
     folder: Path, photograph: Path, annotation: Annotation | None, classes: Mapping[str, int], problems: list[str]
 ) -> Sample:
-    read = partial(pictures.read, photograph)
+    read = partial(images.read, photograph)
     if annotation is None:
         return Sample(photograph.name, (), read, partial(without_boxes, ()))
     try:
@@ -151,7 +151,7 @@ def _numbers(file: Path, size: Size) -> npt.NDArray[np.uint8]:
         with Image.open(file, formats=["PNG"]) as image:
             if image.mode not in ("P", "L"):
                 raise ValueError(f"expected one class number for each pixel, got colours of mode {image.mode}")
-            if image.size != (size or image.size) or image.width * image.height > pictures.MAX_PIXELS:
+            if image.size != (size or image.size) or image.width * image.height > images.MAX_PIXELS:
                 raise ValueError(f"expected the annotation's size {size}, got {image.size}")
             return np.array(image, dtype=np.uint8)
     except Exception as error:  # decoders raise whatever a broken file leads them to

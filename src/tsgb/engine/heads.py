@@ -14,7 +14,7 @@ from .kinds.gradient import schema_arguments, vjp, widened
 from .kinds.sharing import times
 from .private import is_traced
 from .supported import CoverageError
-from .tape import Node, Tape, Value, replaced
+from .tape import GRADIENT, Node, Tape, Value, replaced
 
 if TYPE_CHECKING:
     from ..rules.tables import Table
@@ -86,6 +86,10 @@ class Head:
                 "no head was found: between the image and the target there is no linear layer and no convolution that "
                 f"the rules know (seen: {names})"
             )
+        for node in (*self.nodes, *self.above):
+            for value in node.outputs:
+                if value is not None:
+                    value.needs = GRADIENT
         self.inputs = [value for node in self.nodes for value in node.inputs[:1]]
         self.weighted_below = [v.node for v in below(self.inputs, _is_weighted) if _is_weighted(v)]
         hidden = any(isinstance(node.rule, HiddenLayer) for node in self.weighted_below if node is not None)
@@ -138,7 +142,8 @@ class Head:
         grads, features = by_image, x.transpose(0, 1) if is_sequence_first else x
         if x.dim() == 1:
             grads, features = grads[:, None], features[None]
-        grads, args = _restricted(grads, args, is_linear, classes if node.output is self.target else None)
+        if is_linear or "transpose" not in node.name:
+            grads, args = _restricted(grads, args, is_linear, classes if node.output is self.target else None)
         f = float(self.f or 0)
         if features.dim() == 2:
             flat = rule(grads.flatten(0, 1), features.repeat(len(grads), 1), *args, f=f)
@@ -212,8 +217,8 @@ def _has_weights(node: Node) -> bool:
 
 def _restricted(grads: Tensor, args: list[Any], is_linear: bool, at_most: int | None) -> tuple[Tensor, list[Any]]:
     """Leave out the classes for which no gradient arrives: their weights play no part."""
-    weight, groups = args[0], 1 if is_linear else args[-1] if isinstance(args[-1], int) else 1
-    if groups != 1 or (not is_linear and len(args) > 6 and weight.shape[0] != grads.shape[2]):
+    weight = args[0]
+    if not is_linear and args[-1] != 1:  # groups
         return grads, args
     dim = grads.dim() - 1 if is_linear else 2
     by_class = grads.movedim(dim, 0).flatten(1)

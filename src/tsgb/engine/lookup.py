@@ -17,6 +17,7 @@ _KINDS: dict[str, Callable[[Rule], RelevanceRule]] = {
     "activation": lambda rule: kinds.Activation(rule.name),
     "average": lambda rule: kinds.Average(),
     "concatenate": lambda rule: kinds.Concatenate(),
+    "constant": lambda rule: kinds.Constant(),
     "copy": lambda rule: kinds.Copy(),
     "elementwise": lambda rule: kinds.Elementwise(),
     "formula": lambda rule: kinds.Formula(rule.formula, rule.name),  # type: ignore[arg-type]
@@ -59,8 +60,8 @@ def rules_of(table: dict[Any, Any]) -> dict[Any, RelevanceRule]:
                 "rules for the operators that it calls, such as torch.ops.aten.mul"
             )
         found[packet] = _made(value, is_fused) if isinstance(value, Rule) else kinds.Formula(value, None, key)
-    for packet in (AS_STRIDED.overloadpacket, SCATTER.overloadpacket):
-        found.setdefault(packet, kinds.Copy())
+    for packet in (AS_STRIDED.overloadpacket, SCATTER.overloadpacket):  # how the tape reads and writes views
+        found[packet] = kinds.Restride()
     return found
 
 

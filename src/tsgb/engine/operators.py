@@ -18,6 +18,7 @@ from .private import can_decompose
 
 __all__ = [
     "AS_STRIDED",
+    "CASTS",
     "CONSTRUCTORS",
     "FRESH",
     "LEAVING",
@@ -43,7 +44,7 @@ class Operator:
         writes: whether the first argument is written.
         is_out: whether the results are written into ``out=``.
         decomposes: whether it is a composite of other operators.
-        is_random: whether it may draw random numbers.
+        is_random: whether it may draw random numbers, or take its statistics from the batch.
     """
 
     functional: Any
@@ -70,13 +71,11 @@ class Twin:
 
 
 def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.to(target.device, target.dtype).expand(target.shape)
+    return torch.empty_like(target).copy_(source)
 
 
 def _filled(target: Tensor, value: Any) -> Tensor:
-    return value.to(target.device, target.dtype).expand(target.shape) if isinstance(value, Tensor) else (
-        torch.full_like(target, value)
-    )
+    return torch.empty_like(target).copy_(value) if isinstance(value, Tensor) else torch.full_like(target, value)
 
 
 def _scattered(whole: Tensor, part: Tensor, *place: Any) -> Tensor:
@@ -108,8 +107,11 @@ def operator_of(overload: Any) -> Operator:
         if written[0] is not schema.arguments[0] or len(written) > 1:
             functional = None
     functional = _TWINS.get(name, functional)
+    if overload is aten.view.default:  # which channels last, a choice of the engine's, need not allow
+        functional = aten.reshape.default
     packet = getattr(functional, "overloadpacket", packet)
     is_random = torch.Tag.nondeterministic_seeded in getattr(overload, "tags", ())
+    is_random |= any(a.name in ("training", "train") for a in schema.arguments)
     return Operator(functional, packet, bool(written), is_out, can_decompose(overload), is_random)
 
 
@@ -152,14 +154,27 @@ def _added_product(bias: Any, x: Any, weight: Any) -> Any:
     return (aten.linear.default, (x, weight.mT, bias)) if is_layer else None
 
 
+def _unbatched(function: Callable[..., Tensor], dims: int) -> Callable[..., Any]:
+    """Give a convolution of one image without a batch that of a batch of one."""
+
+    def spelled(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(x.shape) != dims + 1:
+            return None
+        return lambda x, *args, **kwargs: function(x.unsqueeze(0), *args, **kwargs).squeeze(0)
+
+    return spelled
+
+
 #: Other names of convolutions and linear layers: called with the arguments, of which those that depend on the image are
-#: no tensors but values; each gives the operator and its arguments, or None.
+#: no tensors but values; each gives the operator and its arguments, a function that computes the same, or None.
 SPELLINGS: dict[Any, Callable[..., Any]] = {
     aten._convolution: _convolution,
     aten.convolution: _convolution,
     aten.matmul: _product,
     aten.mm: _product,
     aten.addmm: _added_product,
+    **{getattr(aten, f"conv{n}d"): _unbatched(getattr(torch, f"conv{n}d"), n) for n in (1, 2, 3)},
+    **{getattr(aten, f"conv_transpose{n}d"): _unbatched(getattr(torch, f"conv_transpose{n}d"), n) for n in (1, 2, 3)},
 }
 
 #: Operators that read the shape of a tensor alone.
@@ -170,6 +185,8 @@ CONSTRUCTORS = frozenset(
         "randn_like randint_like"
     ).split()
 )
+#: What autocast calls to change the type of a tensor.
+CASTS = frozenset({aten.to, aten._to_copy})
 #: Operators whose result holds no values yet.
 UNINITIALISED = frozenset(
     getattr(aten, name)

@@ -99,6 +99,7 @@ def _is_filled(cell: Any) -> bool:
 
 def _traced_constants(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
     """Give the tensors that a trace has written into its graph."""
-    for node in module.inlined_graph.findAllNodes("prim::Constant", recurse=True):
+    graph = module.inlined_graph  # nodes live as long as it does
+    for node in graph.findAllNodes("prim::Constant", recurse=True):
         if node.hasAttribute("value") and node.kindOf("value") == "t":
             yield node.t("value")

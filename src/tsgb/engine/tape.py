@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import Memory, geometry
-from .operators import AS_STRIDED, CONSTRUCTORS, FRESH, LEAVING, SCATTER, SPELLINGS, UNINITIALISED, operator_of
+from .operators import AS_STRIDED, CASTS, CONSTRUCTORS, FRESH, LEAVING, SCATTER, SPELLINGS, UNINITIALISED, operator_of
 from .private import share_storage, storage_key
 from .supported import CoverageError, check_deterministic, check_plain, check_supported
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .kinds import RelevanceRule
     from .walk import FieldRecorder
 
-__all__ = ["CHANNEL_SUM", "GRADIENT", "PER_CHANNEL", "Node", "Tape", "Value"]
+__all__ = ["CHANNEL_SUM", "GRADIENT", "PER_CHANNEL", "LayoutError", "Node", "Tape", "Value"]
 
 #: What an operator needs of what arrives at its output: the gradient, the relevance of each channel, or its sum.
 GRADIENT, PER_CHANNEL, CHANNEL_SUM = "gradient", "per channel", "channel sum"
@@ -112,6 +112,10 @@ class _Mark:
         self.tensor, self.value, self.memory, self.version = weakref.ref(t), value, memory, memory.version
 
 
+class LayoutError(Exception):
+    """The model writes on a view, or reads strides, of tensors that lie in memory as the caller did not lay them."""
+
+
 class Tape(TorchDispatchMode):
     """Records a forward; enter it within `private.below_autograd`.
 
@@ -122,9 +126,11 @@ class Tape(TorchDispatchMode):
 
     Attributes:
         nodes: in the order in which they ran.
+        refusal: why the forward was refused, if it was.
         recorder: what a fused map is made of, while one is asked for.
         images: the values of the images.
         in_target: whether what runs is a callable target, not the model.
+        is_relaid: whether an image lies in memory as the caller did not lay it.
     """
 
     def __init__(
@@ -134,9 +140,11 @@ class Tape(TorchDispatchMode):
         self.rules, self.weighted, self.default = rules, weighted, default
         self.nodes: list[Node] = []
         self.images: list[Value] = []
-        self.in_target = False
+        self.in_target = self.is_relaid = False
+        self.refusal: Exception | None = None
         self.recorder: FieldRecorder | None = None
         self._before = before
+        self._weights = 0  # operators with weights so far
         self._marks: dict[int, _Mark] = {}
         self._constants: dict[int, weakref.ref[Tensor]] = {}
         self._written: dict[int, tuple[Memory, Tensor]] = {}  # constants that were written to, by their storage
@@ -182,6 +190,8 @@ class Tape(TorchDispatchMode):
                 if value is not None:
                     value.node = value.tensor = value.memory = None  # type: ignore[assignment]
             node.outputs, node.inputs, node.args, node.kwargs, node.saved = [], [], (), {}, None
+        for image in self.images:
+            image.tensor = image.memory = None  # type: ignore[assignment]
         self.nodes.clear()
         self._marks.clear()
         self._constants.clear()
@@ -194,29 +204,39 @@ class Tape(TorchDispatchMode):
             key = storage_key(t) if self._written else None
             if key not in self._written:
                 return None
-            memory = self._written[key][0]
-            return self._read_again(t, memory)
+            return self._read_again(t, self._written[key][0], 1)
         if mark.version != mark.memory.version:
-            return self._read_again(t, mark.memory)
+            return self._read_again(t, mark.memory, mark.value.channel_dim)
         return mark.value
 
     def _name(self, t: Tensor, value: Value, memory: Memory) -> None:
         self._marks[id(t)] = _Mark(t, value, memory)
 
-    def _read_again(self, t: Tensor, memory: Memory) -> Value:
+    def _read_again(self, t: Tensor, memory: Memory, channel_dim: int) -> Value:
         """Cut a stale view out of the whole of its memory."""
         assert isinstance(memory.whole, Value)
         node = Node(AS_STRIDED, [memory.whole, *geometry(t)], {}, [memory.whole], self.rules[AS_STRIDED.overloadpacket])
         node.saved = memory.geometry[1]
-        return self._append(node, [t], t, [memory])
+        value = self._append(node, [t], t, [memory])
+        value.channel_dim = channel_dim
+        return value
 
     # ---- recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._dispatched(func, types, args, kwargs or {})
+        except (CoverageError, LayoutError) as error:
+            self.refusal = error  # TorchScript's interpreter tells another
+            raise
+
+    def _dispatched(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Record one operator that depends on the image, or run it as it is."""
         if types:
             check_plain(types)
         operator = operator_of(func)
+        if operator.packet in CASTS and self._stays_exact(args):
+            return args[0]
         inputs: list[Value] = []
         tensors: list[Tensor] = []
         constants: list[Tensor] = []
@@ -225,7 +245,7 @@ class Tape(TorchDispatchMode):
         if kwargs:
             recorded_kwargs = dict(zip(kwargs, self._values_of(kwargs.values(), inputs, tensors, constants), strict=True))
         if operator.is_random:
-            self._met_random(func, args, kwargs, bool(inputs))
+            self._met_random(func, args, kwargs, bool(inputs) and operator.packet not in CONSTRUCTORS)
         if not inputs or operator.packet in CONSTRUCTORS:
             return self._run_constant(func, operator, args, kwargs, constants)
         if operator.packet in LEAVING:
@@ -236,9 +256,12 @@ class Tape(TorchDispatchMode):
                 output = operator.functional(*args, **{key: value for key, value in kwargs.items() if key != "out"})
                 return out.resize_(output.shape).copy_(output) if out.shape != output.shape else out.copy_(output)
         rule = self.rules.get(operator.packet)
-        if rule is None:
-            spelled = operator.packet in SPELLINGS and SPELLINGS[operator.packet](*recorded, **recorded_kwargs)
-            if spelled:
+        spelled = operator.packet in SPELLINGS and SPELLINGS[operator.packet](*recorded, **recorded_kwargs)
+        if spelled:
+            if callable(spelled):
+                with self:
+                    return spelled(*args, **kwargs)
+            if rule is None:
                 func, recorded = spelled
                 operator = operator_of(func)
                 actual = dict(zip(inputs, tensors, strict=True))
@@ -252,6 +275,8 @@ class Tape(TorchDispatchMode):
             rule = self.default
         self._check_constants(func, constants, args[0] if operator.writes else None)
         node = Node(operator.functional, recorded, recorded_kwargs, inputs, rule)
+        if self.is_relaid and func is AS_STRIDED:
+            raise LayoutError
         if operator.writes:
             return self._write(func, operator, node, args, kwargs, tensors)
         output = rule.run(node, args, kwargs)
@@ -279,6 +304,7 @@ class Tape(TorchDispatchMode):
         node.rule = node.rule.record(self, node, tensors, output) or node.rule
         if node.packet in self.weighted and node.args[0] is node.inputs[0]:
             node.is_weighted = True
+            self._weights += 1
             self.keep(node.inputs[0], tensors[0])  # as it may be the head, until weights are seen above it
             self._settle(node)
         return node.outputs[0]  # type: ignore[return-value]
@@ -292,6 +318,8 @@ class Tape(TorchDispatchMode):
             )
         t: Tensor = args[0]
         memory = self._memory_of(t)
+        if self.is_relaid and memory.tensors > 1 and isinstance(memory.whole, Value):
+            raise LayoutError  # which tensors share memory depends on how they lie in it
         before = t.detach()
         tensors = [before if x is t else x for x in tensors]
         if node.rule.may_overwrite(node, memory):
@@ -371,6 +399,18 @@ class Tape(TorchDispatchMode):
             recorded.append(a)
         return recorded
 
+    def _stays_exact(self, args: Any) -> bool:
+        """Tell whether autocast is to leave a tensor as it is, as for the first operators with weights.
+
+        In half precision the values of the image, and which of a pool's values is the largest, are told too coarsely.
+        """
+        if not isinstance(args[0], Tensor):
+            return False
+        device = args[0].device.type
+        if self._weights >= _EXACT or args[0].dtype != torch.float32 or not torch.is_autocast_enabled(device):
+            return False
+        return torch.get_autocast_dtype(device) in args[1:]
+
     # ---- constants
 
     def _run_constant(self, func: Any, operator: Any, args: Any, kwargs: Any, constants: list[Tensor]) -> Any:
@@ -426,6 +466,7 @@ class Tape(TorchDispatchMode):
             restore(state)
 
 
+_EXACT = 8  # operators with weights that run in float32 under autocast
 _UNKNOWN = (
     "the model's {} {} a tensor that was neither there before the forward nor computed by torch operators in this thread "
     "(it came through NumPy, another thread, or memory written behind torch's back), so it cannot be told whether it "

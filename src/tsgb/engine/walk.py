@@ -13,7 +13,7 @@ from .kinds import Gradient, Share
 from .kinds.copying import channels_first, channels_in_place
 from .kinds.gradient import widened
 from .tape import CHANNEL_SUM, GRADIENT, Node, Tape, Value
-from .terms import ChannelSum, Cotangent, Dense, Factored, Term, Thunk, add, channel_sum
+from .terms import ChannelSum, Cotangent, Dense, Factored, Term, Thunk, add, channel_sum, dense
 
 __all__ = ["ApartError", "FieldRecorder", "gradient_at", "walk"]
 
@@ -72,21 +72,36 @@ def walk(
                     continue
                 if recorder is not None and place in recorder.bypass.get(node, ()):
                     g = recorder.pass_by(g)
-                if isinstance(g, Tensor) and value.needs != GRADIENT and node not in above and value.node not in above:
+                if isinstance(g, Tensor) and value.needs != GRADIENT:
                     g = _relevance(tape, value, g)
+                elif not isinstance(g, Tensor) and value.needs == GRADIENT:
+                    g = _gradient(tape, value, g)
                 arrived[value] = add(arrived.get(value), g)
         if frees:
             node.saved = None
             for value in node.outputs:
                 if value is not None:
                     value.tensor = None  # every operator that read it lies behind
-    return [arrived.get(image) for image in tape.images] if until is None else [read.get(value) for value in until]
+    if until is not None:
+        return [read.get(value) for value in until]
+    at_images = [arrived.get(image) for image in tape.images]
+    if recorder is not None:
+        for place, (image, g) in enumerate(zip(tape.images, at_images, strict=True)):
+            if image in recorder.sites and g is not None:
+                at_images[place] = recorder.compete(tape, image, g)
+    return at_images
 
 
 def _relevance(tape: Tape, value: Value, grads: Tensor) -> list[Term]:
     """Turn a gradient into relevance, where the operator that made the value needs that."""
     values = channels_first(value, grads * widened(tape.get(value)))
     return [ChannelSum(values.sum(2, keepdim=True)) if value.needs == CHANNEL_SUM else Dense(values)]
+
+
+def _gradient(tape: Tape, value: Value, terms: list[Term]) -> Tensor:
+    """Turn relevance into a gradient, where what lies above the head reads what lies below it as well."""
+    x = widened(tape.get(value))
+    return channels_in_place(value, dense(terms)) / torch.where(x == 0, 1, x) * (x != 0)
 
 
 def gradient_at(tape: Tape, target: Value, source: Value) -> Tensor | None:
@@ -146,7 +161,8 @@ class FieldRecorder:
         sites = competition_sites(head)
         self.sites = set(sites)
         lower = {value.node for value in below(sites)} - set(head.nodes)
-        self.nodes = {node for node in lower if node is not None and isinstance(node.rule, Share)}
+        shares = {node for node in lower if node is not None and isinstance(node.rule, Share)}
+        self.nodes = {node for node in shares if node.rule.name != "conv_transposed"}
         self.bypass = _bypass(head, self.sites)
         return bool(sites)
 
@@ -223,11 +239,10 @@ def competition_sites(head: Head) -> list[Value]:
     """Find where the evidence meets the map: the first values below the heads that have positions.
 
     Global pooling may take the mean over one dimension after the other: it is what comes before. Where one site lies
-    below another, it is the first value that all goes through; none if there is no such.
+    below another, it is the first value that all goes through, at last the image; none if there is no such.
     """
     reached = [v for v in below(head.inputs, _has_positions) if _has_positions(v)]
     sites = list(dict.fromkeys(_before_pooling(v) for v in reached))
-    sites = [v for v in sites if v.node is not None]
     if len(sites) <= 1 or not any(set(below(_inputs(v))) & set(sites) for v in sites):
         return sites
     ends = {v for v in below(head.inputs) if v.node is None}
@@ -235,7 +250,7 @@ def competition_sites(head: Head) -> list[Value]:
         if candidate.node is not None and _has_positions(candidate):
             if not ends & set(below(head.inputs, lambda v, c=candidate: v is c)):  # type: ignore[misc]
                 return [candidate]
-    return []
+    return [v for v in ends if len(ends) == 1 and _has_positions(v)]
 
 
 def _bypass(head: Head, sites: set[Value]) -> dict[Node, set[int]]:

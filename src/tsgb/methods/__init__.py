@@ -1,10 +1,10 @@
-"""TSGB and its rivals by name, all through one door: `attribute`.
+"""Saliency methods by name, TSGB among them: `attribute` runs any of them.
 
 >>> from tsgb import methods
 >>> list(methods.METHODS)[:4]
-['tsgb', 'tsgb-pixels', 'tsgb-paper', 'gradcam']
+['tsgb-fused', 'tsgb-pixels', 'tsgb-paper', 'gradcam']
 """
 
-from .registry import METHODS, Method, attribute
+from .registry import ALIASES, METHODS, Method, attribute
 
-__all__ = ["METHODS", "Method", "attribute"]
+__all__ = ["ALIASES", "METHODS", "Method", "attribute"]

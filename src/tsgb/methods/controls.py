@@ -1,4 +1,4 @@
-"""Maps that look at no image: what every method must beat."""
+"""Baselines that ignore the image, which every method must beat."""
 
 from __future__ import annotations
 

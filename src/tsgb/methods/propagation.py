@@ -1,4 +1,4 @@
-"""Methods that are tables of ours: TSGB itself, guided backprop, the deconvolutional network, excitation backprop.
+"""Methods that are tables of backward rules: TSGB, guided backprop, deconvnet, excitation backprop.
 
 Captum's guided backprop and deconvnet see neither ReLU6 nor functional calls; a table sees every spelling.
 """
@@ -25,11 +25,11 @@ from .cams import gradcam
 from .layers import Place, twice_as_large
 from .maps import smoothed, upsampled
 
-__all__ = ["cebp", "deconvnet", "ebp", "guided", "guided_gradcam", "tsgb", "tsgb_paper", "tsgb_pixels"]
+__all__ = ["cebp", "deconvnet", "ebp", "guided", "guided_gradcam", "tsgb_fused", "tsgb_paper", "tsgb_pixels"]
 
 
-def tsgb(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
-    """TSGB under `tsgb.rules.DEFAULT`, signed: `tsgb.explain`.
+def tsgb_fused(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
+    """TSGB under `tsgb.rules.FUSED`, signed.
 
     Args:
         model: a classifier in eval mode. ``images``: (N, 3, H, W). ``targets``: (N, K) int64. ``seed``: not read.
@@ -39,15 +39,15 @@ def tsgb(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Te
 
     Example:
         >>> from tsgb import load
-        >>> tsgb(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
+        >>> tsgb_fused(load("bundled").model, torch.rand(1, 3, 128, 128), torch.tensor([[0, 3]])).shape
         torch.Size([1, 2, 128, 128])
     """
-    maps: Tensor = explain(model, images, targets).maps
+    maps: Tensor = explain(model, images, targets, rules=rules.FUSED).maps
     return maps
 
 
 def tsgb_pixels(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
-    """TSGB under `tsgb.rules.PIXELS`, signed; arguments and result as for `tsgb`.
+    """TSGB under `tsgb.rules.PIXELS`, signed; arguments and result as for `tsgb_fused`.
 
     Example:
         >>> from tsgb import load
@@ -59,7 +59,7 @@ def tsgb_pixels(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0
 
 
 def tsgb_paper(model: nn.Module, images: Tensor, targets: Tensor, seed: int = 0) -> Tensor:
-    """TSGB under `tsgb.rules.PAPER`, signed; arguments and result as for `tsgb`.
+    """TSGB under `tsgb.rules.PAPER`, signed; arguments and result as for `tsgb_fused`.
 
     Example:
         >>> from tsgb import load
@@ -171,26 +171,23 @@ def _propagated(
     images = images.detach()
     with recording(table, model, [images], [GRADIENT]) as (tape, (image,)), _captured(model, place) as outputs:
         logits = find_logits(model(image))
-        target, source = tape.value_of(logits), tape.images[0]
-        if place is not None:
-            found = tape.value_of(outputs[place.call])
-            assert found is not None
-            source, image = found, outputs[place.call]
-        values = image.detach()
+        values = images if place is None else outputs[place.call].detach()
+        target, source = tape.value_of(logits), tape.images[0] if place is None else tape.value_of(outputs[place.call])
     try:
         assert target is not None
+        assert source is not None
         head = Head(tape, target, head_rules(table), table[rules.F]) if find_heads else None
         seeds = torch.zeros(targets.shape[1], *target.shape).to(images).scatter_(2, targets.T[:, :, None], 1)
         with torch.no_grad():
-            (given,) = walk(tape, target, seeds, head, len(seeds), until=None if place is None else [source])
+            (gradient,) = walk(tape, target, seeds, head, len(seeds), until=None if place is None else [source])
     finally:
         tape.close()
-    if given is None:
-        given = torch.zeros(targets.shape[1], *values.shape)
-    if not isinstance(given, Tensor):  # relevance
-        relevance = channel_sum(given).squeeze(2)
+    if gradient is None:
+        gradient = torch.zeros(targets.shape[1], *values.shape)
+    if not isinstance(gradient, Tensor):
+        relevance = channel_sum(gradient).squeeze(2)
         return torch.stack([read(torch.ones_like(row[:, None]), row[:, None]) for row in relevance], 1)
-    return torch.stack([read(values, grad) for grad in given], 1)
+    return torch.stack([read(values, grad) for grad in gradient], 1)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The registry of methods, and `attribute`, which runs one and promises the same of all."""
+"""The registry of saliency methods, and `attribute`, which runs any of them under the same contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from . import cams, controls, gradients, perturbation, propagation, relevance
 
-__all__ = ["METHODS", "Method", "attribute"]
+__all__ = ["ALIASES", "METHODS", "Method", "attribute"]
 
 _EXTRAS = {"zennit": "zennit"}  # the extra that brings a package, where it is not "bench"
 
@@ -22,7 +22,7 @@ class Method:
     """One method.
 
     Attributes:
-        title: its name in the field.
+        title: its display name.
         source: one line, the library that computes it and every parameter; goes into the protocol of each figure.
         attribute: ``(model, images (N, 3, H, W), targets (N, K) int64, seed) -> maps (N, K, H, W)``, to be called
             through `tsgb.methods.attribute`.
@@ -43,9 +43,9 @@ _SUMMED = "sum over channels, signed"
 
 #: The methods by name, in the order in which they are shown.
 METHODS: dict[str, Method] = {
-    "tsgb": Method("TSGB", "tsgb.explain, rules.DEFAULT, signed", propagation.tsgb),
-    "tsgb-pixels": Method("TSGB of the pixels", "tsgb.explain, rules.PIXELS, signed", propagation.tsgb_pixels),
-    "tsgb-paper": Method("TSGB as published", "tsgb.explain, rules.PAPER, signed", propagation.tsgb_paper),
+    "tsgb-fused": Method("TSGB (fused)", "tsgb.explain, rules.FUSED, signed", propagation.tsgb_fused),
+    "tsgb-pixels": Method("TSGB (pixels)", "tsgb.explain, rules.PIXELS, signed", propagation.tsgb_pixels),
+    "tsgb-paper": Method("TSGB (paper)", "tsgb.explain, rules.PAPER, signed", propagation.tsgb_paper),
     "gradcam": Method("Grad-CAM", f"captum LayerGradCam, relu_attributions, {_AT_LAST}", cams.gradcam, _CAPTUM),
     "layercam": Method(
         "LayerCAM",
@@ -104,6 +104,9 @@ METHODS: dict[str, Method] = {
     "random": Method("Random", "uniform noise, another for each image, target and seed", controls.random),
 }
 
+#: Other names of methods.
+ALIASES = {"tsgb": "tsgb-fused"}
+
 
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -114,7 +117,7 @@ def attribute(name: str, model: nn.Module, images: Tensor, targets: Tensor, seed
     a method draws at random comes from the seed and is the same whatever else is in the batch.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `METHODS` or `ALIASES`.
         model: a classifier in eval mode that returns logits (N, classes).
         images: (N, 3, H, W) floating, as the model expects them, on its device.
         targets: (N, K) int64 class indices, K >= 1 for each image.
@@ -137,6 +140,7 @@ def attribute(name: str, model: nn.Module, images: Tensor, targets: Tensor, seed
         >>> attribute("gradcam", model, torch.rand(2, 3, 128, 128), torch.tensor([[0, 4], [1, 2]])).shape
         torch.Size([2, 2, 128, 128])
     """
+    name = ALIASES.get(name, name)
     method = METHODS.get(name)
     if method is None:
         raise ValueError(f"name must be one of {', '.join(METHODS)}, got {name!r}")

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .. import rules
-from . import spelled as operators
 from ..targets import find_logits
 from ..vision import import_torchvision
+from . import spelled as operators
 from .activations import twin_of
 
 __all__ = ["lrp"]
@@ -103,7 +103,7 @@ _PASSED = {str(packet).split(".")[1].strip("_") for packet in rules.ACTIVATIONS}
     "group_norm",
     "softplus",
 }
-_WITHOUT_RULE = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm"}
+_WITHOUT_RULE = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "addmm", "bmm"}
 
 
 class _Sharing(TorchFunctionMode):
@@ -140,19 +140,24 @@ class _Sharing(TorchFunctionMode):
         if self._inside or not signals:
             return func(*args, **kwargs)
         call = operators.read(func, args, kwargs)
+        is_quotient = call.name == "div" and len(call.args) > 1 and not _depends(call.args[0])  # 1 / x: no share
         if call.name in _WITHOUT_RULE or (len(signals) > 1 and call.name in ("mul", "div")):
             what = "multiplies two signals (a gate)" if len(signals) > 1 else "applies weights as a function"
             raise ValueError(f"lrp: the model {what} in `{call.name}`, for which Zennit's EpsilonPlusFlat has no rule")
         if call.name in _PASSED:
             values = [t.detach() if isinstance(t, Tensor) else t for t in args]
             o = _Passed.apply(signals[0].clone(), func(*values, **kwargs))  # type: ignore[no-untyped-call]
-        elif call.name in _SHARED:
-            operands = [t.clone() for t in call.args if isinstance(t, Tensor) and t.requires_grad]
-            others = [None if isinstance(t, Tensor) and t.requires_grad else t for t in call.args]
+        elif call.name in _SHARED and not is_quotient:
+            operands = [t.clone() for t in call.args if _depends(t)]
+            others = [None if _depends(t) else t for t in call.args]
             o = _Shared.apply(partial(_SHARED[call.name], **call.kwargs), others, *operands)  # type: ignore[no-untyped-call]
         else:
             return func(*args, **kwargs)
         return o if call.inplace is None else call.inplace.copy_(o)
+
+
+def _depends(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 class _Passed(torch.autograd.Function):

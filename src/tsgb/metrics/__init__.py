@@ -5,15 +5,15 @@ Each file holds functions that return one value a map; nothing is averaged befor
 `Cascade`, `Deletion`, `Energy`, `GridShare`, `Insertion`, `MaxBoxAccuracy`, `Pointing`, `RandomLogit`, `Ratio`,
 `Sensitivity`.
 
-- `order`: what depends on the order of the pixels alone, average precision and the pointing game.
-- `shares`: how much of the positive map lies inside a mask, the energy and grid pointing games.
+- `ranking`: what depends on the ranking of the pixels alone, average precision and the pointing game.
+- `energy`: how much of the positive map lies inside a mask, the energy and grid pointing games.
 - `boxes`: whether the box of a thresholded map is the object's.
 - `perturbation`: insertion and deletion. `similarity`: how alike two maps are. `intervals`: bootstrap.
 
 >>> import torch
->>> from tsgb.metrics import order
+>>> from tsgb.metrics import ranking
 >>> map, mask = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]]), torch.tensor([[[True, False], [False, True]]])
->>> order.average_precision(map, mask)
+>>> ranking.average_precision(map, mask)
 tensor([0.8333], dtype=torch.float64)
 """
 

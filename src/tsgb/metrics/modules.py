@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import boxes as _boxes
-from . import order, perturbation, shares, similarity
+from . import energy, perturbation, ranking, similarity
 from .cases import Cases
 
 __all__ = [
@@ -39,7 +39,7 @@ _NUMBER = 8  # bytes of an image's number, before the hits of a row
 class AveragePrecision(Cases):
     """Mean average precision of the pixels as a detector of masks, boxes or grid cells: mask AP, box AP, grid AP.
 
-    See `tsgb.metrics.order.average_precision`. Cases with an empty mask are left out.
+    See `tsgb.metrics.ranking.average_precision`. Cases with an empty mask are left out.
 
     Args:
         seed: Seed of the ties. ``kwargs`` here and below: torchmetrics' own, such as ``sync_on_compute``.
@@ -57,14 +57,14 @@ class AveragePrecision(Cases):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add cases: maps (N, H, W) floating, masks (N, H, W) bool."""
-        found = order.average_precision(maps, masks, self.seed)
+        found = ranking.average_precision(maps, masks, self.seed)
         self.add(found[~found.isnan()])
 
 
 class Pointing(Cases):
     """Pointing game: share of the maps whose highest pixel points at the mask.
 
-    See `tsgb.metrics.order.pointing`.
+    See `tsgb.metrics.ranking.pointing`.
 
     Args:
         tolerance: In pixels of the original image, 0 or more; TorchRay's is 15.
@@ -101,7 +101,7 @@ class Pointing(Cases):
             difficult: (N,), bool, the cases of the difficult subset; None: no case is.
             scale: Original pixels per map pixel, (vertical, horizontal), or (N, 2).
         """
-        hits = order.pointing(maps, masks, self.tolerance, scale, self.seed)
+        hits = ranking.pointing(maps, masks, self.tolerance, scale, self.seed)
         given = [torch.as_tensor([0] * len(maps) if v is None else v) for v in (classes, difficult)]
         for name, value in zip(("classes", "difficult"), given, strict=True):
             if value.shape != (len(maps),) or value.is_floating_point():
@@ -122,7 +122,7 @@ class Pointing(Cases):
 
 
 class Energy(Cases):
-    """Energy pointing game: mean share of the positive map inside the mask. See `tsgb.metrics.shares.energy`.
+    """Energy pointing game: mean share of the positive map inside the mask. See `tsgb.metrics.energy.energy`.
 
     Example:
         >>> metric = Energy()
@@ -133,22 +133,22 @@ class Energy(Cases):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add cases: maps (N, H, W) floating, masks (N, H, W) bool."""
-        self.add(shares.energy(maps, masks))
+        self.add(energy.energy(maps, masks))
 
 
 class GridShare(Cases):
-    """Grid pointing game: mean share of the positive map in the class's cell. See `tsgb.metrics.shares.grid`.
+    """Grid pointing game: mean share of the positive map in the class's cell. See `tsgb.metrics.energy.grid`.
 
     Example:
         >>> metric = GridShare()
-        >>> metric.update(torch.ones(4, 4, 4), shares.cells(2, 4, 4))
+        >>> metric.update(torch.ones(4, 4, 4), energy.cells(2, 4, 4))
         >>> metric.compute()
         tensor(0.2500, dtype=torch.float64)
     """
 
     def update(self, maps: Tensor, cells: Tensor) -> None:
         """Add cases: maps (N, H, W) floating, cells (N, H, W) bool."""
-        self.add(shares.grid(maps, cells))
+        self.add(energy.grid(maps, cells))
 
 
 class BoxAccuracy(Cases):

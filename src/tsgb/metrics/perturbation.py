@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .checks import check_maps
-from .order import ranking
+from .ranking import ranking
 
 __all__ = ["area", "deletion_scores", "insertion_scores"]
 
@@ -38,7 +38,7 @@ def deletion_scores(
     Args:
         model: Network in eval mode, from (n, C, H, W) to logits (n, classes).
         images: (N, C, H, W), floating, normalised as the model takes them, on its device.
-        maps: (N, H, W), floating, any sign; ties as in `tsgb.metrics.order.ranking`.
+        maps: (N, H, W), floating, any sign; ties as in `tsgb.metrics.ranking.ranking`.
         targets: (N,), integer, class of each image.
         batch_size: Images that the model is given at a time.
         steps: Number of steps, 1 or more.

@@ -72,7 +72,7 @@ ORDINARY = Rule("gradient")
 #: Elementwise functions with act(0) = 0 for most arguments; where it is not, they keep their own derivative.
 ACTIVATIONS = _packets(
     "relu relu6 hardtanh leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish hardswish threshold clamp "
-    "clamp_min clamp_max hardshrink softshrink tanh abs atan erf pow square tan sin sinh asinh expm1 log1p atanh asin"
+    "clamp_min clamp_max hardshrink softshrink tanh abs atan erf pow square"
 )
 #: Activations that let a signal through above a bend and hold it back below.
 RECTIFIERS = _packets(
@@ -82,7 +82,7 @@ RECTIFIERS = _packets(
 #: Rectifiers that change no number but by a factor: relevance passes them in every table.
 _HOMOGENEOUS = _packets("relu leaky_relu")
 #: What opens and closes: a factor that comes from one of these is a gate.
-GATES = _packets("sigmoid hardsigmoid softmax _softmax")
+GATES = _packets("sigmoid hardsigmoid softmax _softmax sign")
 
 CONVOLUTIONS = _packets("conv1d conv2d conv3d")
 TRANSPOSED = _packets("conv_transpose1d conv_transpose2d conv_transpose3d")
@@ -92,21 +92,20 @@ _POOLS = _packets("avg_pool1d avg_pool2d avg_pool3d")
 _COMMON: Table = {
     **_each(
         "view _unsafe_view reshape flatten unflatten view_as reshape_as squeeze unsqueeze clone contiguous to _to_copy "
-        "type_as alias detach lift_fresh positive ravel cpu cuda",
+        "type_as alias lift_fresh positive ravel cpu cuda",
         Rule("reshape"),
     ),
-    **_each("permute transpose t numpy_T mT swapaxes swapdims", Rule("permute")),
+    **_each("permute transpose t numpy_T", Rule("permute")),
     **_each(
         "slice select split split_with_sizes chunk tensor_split unbind narrow index index_select diagonal unfold expand "
         "expand_as repeat repeat_interleave tile constant_pad_nd pad reflection_pad1d reflection_pad2d "
         "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d flip roll rot90 pixel_shuffle "
         "pixel_unshuffle channel_shuffle im2col upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-        "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d stack movedim moveaxis as_strided "
-        "as_strided_scatter copy fill hstack vstack slice_scatter select_scatter gather take adaptive_max_pool1d "
-        "adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
-        "max_pool1d_with_indices",
+        "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d stack as_strided "
+        "as_strided_scatter copy hstack vstack slice_scatter select_scatter gather take",
         Rule("copy"),
     ),
+    **_each("detach fill", Rule("constant")),
     **_each("cat concat concatenate", Rule("concatenate")),
     **_each("max_pool2d", Rule("max_pool")),
     **_each("mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", Rule("mean")),
@@ -123,7 +122,8 @@ _COMMON: Table = {
     ),
     **_each("sigmoid hardsigmoid softplus exp log sqrt rsqrt neg reciprocal log_sigmoid", Rule("elementwise")),
     **_each(
-        "softmax _softmax log_softmax _log_softmax where maximum minimum max min amax amin masked_fill cumsum lerp "
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool3d max_pool1d_with_indices "
+        "max_pool2d_with_indices max_pool3d_with_indices softmax _softmax log_softmax _log_softmax where maximum minimum max min amax amin masked_fill cumsum lerp "
         "grid_sampler_2d grid_sampler_3d grid_sampler col2im var std var_mean std_mean norm linalg_vector_norm logsumexp "
         "nanmean cosine_similarity pairwise_distance cdist _cdist_forward dist mse_loss l1_loss smooth_l1_loss huber_loss "
         "kl_div binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss index_put masked_scatter "

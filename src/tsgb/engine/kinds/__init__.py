@@ -6,7 +6,7 @@ the output; and `backward`, from what arrives there to what each input is given.
 
 from __future__ import annotations
 
-from .copying import Concatenate, Copy, MaxPool, Permute, Reshape
+from .copying import Concatenate, Constant, Copy, MaxPool, Permute, Reshape, Restride
 from .gradient import Elementwise, Formula, Gradient, Guided, RelevanceRule
 from .passing import Activation, Product, Shift
 from .sharing import HiddenLayer, Share
@@ -16,6 +16,7 @@ __all__ = [
     "Activation",
     "Average",
     "Concatenate",
+    "Constant",
     "Copy",
     "Elementwise",
     "Formula",
@@ -28,6 +29,7 @@ __all__ = [
     "Product",
     "RelevanceRule",
     "Reshape",
+    "Restride",
     "Share",
     "Shift",
     "Sum",

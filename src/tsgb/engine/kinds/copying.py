@@ -17,7 +17,7 @@ from .gradient import Gradient, RelevanceRule, replay, vjp
 if TYPE_CHECKING:
     from ..tape import Node, Tape, Value
 
-__all__ = ["Concatenate", "Copy", "MaxPool", "Permute", "Reshape", "Same", "channels_first", "channels_in_place"]
+__all__ = ["Concatenate", "Constant", "Copy", "MaxPool", "Permute", "Reshape", "Restride", "Same", "channels_first", "channels_in_place"]
 
 aten = torch.ops.aten
 
@@ -36,18 +36,22 @@ class Copy(RelevanceRule):
     """Views, slices, padding, flips, repeats: the operator's own derivative, of relevance too."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
-        is_gradient = any(value.needs == GRADIENT or len(value.shape) < 2 for value in node.inputs)
-        for value in node.outputs:
-            if value is not None:
-                value.needs = GRADIENT if is_gradient or len(value.shape) < 2 or self._mixes(node, value) else PER_CHANNEL
-                value.is_positive = all(v.is_positive for v in node.inputs) and len(node.inputs) > 0
-        if any(v is not None and v.needs == GRADIENT for v in node.outputs) and not is_gradient:
+        if not all(value.dtype.is_floating_point for value in node.inputs):  # indices, which are no blanks
             return replay(Gradient(), tape, node, tensors, output)
+        outputs = [value for value in node.outputs if value is not None]
+        is_gradient = any(value.needs == GRADIENT for value in node.inputs) or self._mixes(node, outputs)
+        for value in outputs:
+            value.needs = GRADIENT if is_gradient else PER_CHANNEL
+            value.is_positive = all(v.is_positive for v in node.inputs)
+        if is_gradient:
+            for value, x in zip(node.inputs, tensors, strict=True):
+                if value.needs != GRADIENT:
+                    tape.keep(value, x)
         return None
 
-    def _mixes(self, node: Node, value: Value) -> bool:
+    def _mixes(self, node: Node, outputs: list[Value]) -> bool:
         """Tell whether images are taken apart or put together, so that relevance has no place for them."""
-        return value.shape[0] != node.inputs[0].shape[0]
+        return any(len(v.shape) < 2 or v.shape[0] != node.inputs[0].shape[0] for v in outputs)
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
         rows = [
@@ -55,7 +59,7 @@ class Copy(RelevanceRule):
             for v, g in zip(node.outputs, arrived, strict=True)
         ]
         given = self._back(node, rows)
-        is_gradient = node.output.needs == GRADIENT
+        is_gradient = next(v for v in node.outputs if v is not None).needs == GRADIENT
         return [
             g if g is None or is_gradient else [Dense(channels_first(v, g))]
             for v, g in zip(node.inputs, given, strict=True)
@@ -63,7 +67,7 @@ class Copy(RelevanceRule):
 
     def _back(self, node: Node, rows: list[Tensor | None]) -> list[Tensor | None]:
         like = next(row for row in rows if row is not None)
-        return vjp(node, [_blank(node, value, like) for value in node.inputs], rows)
+        return vjp(node, [_blank(node, value, like) for value in node.inputs], rows, is_checked=False)
 
 
 def _blank(node: Node, value: Value, like: Tensor) -> Tensor:
@@ -76,21 +80,15 @@ def _blank(node: Node, value: Value, like: Tensor) -> Tensor:
 class Reshape(Copy):
     """All elements, in their order: views, other types, other devices."""
 
-    def run(self, node: Node, args: Any, kwargs: Any) -> Any:
-        if node.op is aten.view.default:  # channels last is a choice of ours, which no view need fit
-            return args[0].reshape(args[1])
-        return node.op(*args, **kwargs)
-
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
         x, out = node.inputs[-1], node.output
         if x.shape == out.shape:
             out.needs, out.is_positive, out.may_be_zero = x.needs, x.is_positive, x.may_be_zero
             out.channel_dim = x.channel_dim
             return Same()
+        if len(x.shape) == 2 < len(out.shape):  # a vector
+            out.channel_dim = out.shape.index(x.shape[1], 1) if x.shape[1] in out.shape[1:] else 1
         return super().record(tape, node, tensors, output)
-
-    def _mixes(self, node: Node, value: Value) -> bool:
-        return False
 
     def _back(self, node: Node, rows: list[Tensor | None]) -> list[Tensor | None]:
         (row,), x = rows, node.inputs[0]
@@ -111,6 +109,26 @@ class Same(RelevanceRule):
         return [*[None] * (len(node.inputs) - 1), given]
 
 
+class Constant(RelevanceRule):
+    """What is cut off from its input on purpose, by ``detach``, or overwritten."""
+
+    def paths(self, node: Node) -> list[Value]:
+        return []
+
+    def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        return None
+
+    def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        return [None] * len(node.inputs)
+
+
+class Restride(Copy):
+    """A view cut out of its memory, or a write into a part of it: element by element, whatever the shapes."""
+
+    def _mixes(self, node: Node, outputs: list[Value]) -> bool:
+        return False
+
+
 class Permute(Copy):
     """Exchanged dimensions; where only the channels move, relevance stays as it is."""
 
@@ -124,12 +142,13 @@ class Permute(Copy):
         if rest == sorted(rest) and places[0] == 0 and x.needs != GRADIENT and count > 2:
             out.needs, out.is_positive, out.may_be_zero = x.needs, x.is_positive, x.may_be_zero
             return Same()
-        if places[0] != 0 and x.needs != GRADIENT:
-            return replay(Gradient(), tape, node, tensors, output)
+        if len(x.shape) == 2 < len(out.shape):  # a vector
+            out.channel_dim = out.shape.index(x.shape[1], 1) if x.shape[1] in out.shape[1:] else 1
         return super().record(tape, node, tensors, output)
 
-    def _mixes(self, node: Node, value: Value) -> bool:
-        return False
+    def _mixes(self, node: Node, outputs: list[Value]) -> bool:
+        places = _order(node, len(node.inputs[0].shape))
+        return places is not None and places[:1] != [0]
 
 
 def _order(node: Node, count: int) -> list[int] | None:
@@ -137,9 +156,9 @@ def _order(node: Node, count: int) -> list[int] | None:
     if node.packet is aten.permute:
         return [d % count for d in node.args[1]]
     places = list(range(count))
-    if node.packet in (aten.transpose, aten.swapaxes, aten.swapdims):
+    if node.packet in (aten.transpose,):
         a, b = (d % count for d in node.args[1:3])
-    elif node.packet in (aten.t, aten.numpy_T, aten.mT) and count >= 2:
+    elif node.packet in (aten.t, aten.numpy_T) and count >= 2:
         a, b = count - 2, count - 1
     else:
         return None

@@ -66,8 +66,13 @@ def _constant(x: Tensor) -> Tensor:
     return widened(x.clone() if x.is_inference() else x)
 
 
-def vjp(node: Node, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def vjp(
+    node: Node, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], is_checked: bool = True
+) -> list[Tensor | None]:
     """Multiply gradients (K, *shape) at each output by the operator's derivative at each input.
+
+    Args:
+        is_checked: whether an operator without a derivative is refused; else it gives its inputs nothing.
 
     Raises:
         CoverageError: the operator has no derivative.
@@ -80,7 +85,7 @@ def vjp(node: Node, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -
         outputs = listed(node.run(leaves.__getitem__, _constant))
     roots = [leaf for leaf in leaves.values() if leaf.requires_grad]
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    if roots and any(o.is_floating_point() and not o.requires_grad for o, _ in pairs):
+    if is_checked and roots and any(o.is_floating_point() and not o.requires_grad for o, _ in pairs):
         raise CoverageError(
             f"the map depends on `{node.name}`, which has no derivative, so no evidence can be followed through it: "
             "write it with operators that have one"

@@ -60,8 +60,8 @@ class Sum(RelevanceRule):
         x = node.inputs[0]
         rule: RelevanceRule = Gradient()
         if len(node.inputs) == 1:
-            is_bias = x.node is not None and isinstance(x.node.rule, HiddenLayer) and x.node.packet is aten.linear
-            passes = self.has_shifts and not is_bias and not tape.in_target and node.args[0] is x
+            is_bias = x.node is not None and x.node.is_weighted and x.node.packet is aten.linear and x.positions == 1
+            passes = self.has_shifts and not is_bias and not tape.in_target
             rule = Shift("shift") if passes else Elementwise()
         elif self.has_shifts and node.packet is aten.sub and _is_centre(*node.inputs):
             rule = Shift("shift")

@@ -1,4 +1,4 @@
-"""From the maps of a picture to the values that the figures are computed from."""
+"""Evaluate the maps of an image or a grid: the values that the figures are computed from."""
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,21 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import boxes, order, perturbation, shares, similarity
+from ..metrics import boxes, energy, perturbation, ranking, similarity
 from .protocol import CONTROLS, GRIDS, TOLERANCE, is_asked
-from .subjects import Case, Subject
+from .samples import Case, EvalSample
 
-__all__ = ["PER_CASE", "PER_PICTURE", "Value", "judge_case", "judge_grid", "judge_picture", "other_class", "seed_of"]
+__all__ = [
+    "PER_CASE",
+    "PER_IMAGE",
+    "ImageContext",
+    "Value",
+    "evaluate_case",
+    "evaluate_grid",
+    "evaluate_image",
+    "other_class",
+    "seed_of",
+]
 
 #: (name of the value, category or -1, value): one case of one figure; hits at every threshold are a hexadecimal text.
 Value = tuple[str, int, Any]
 
 PER_CASE = ("mask_ap", "box_ap", "pointing", "energy", "box_accuracy", "max_box_accuracy")
-PER_PICTURE = ("insertion", "deletion", "sensitivity", "random_logit", "cascade")
+PER_IMAGE = ("insertion", "deletion", "sensitivity", "random_logit", "cascade")
 
 
 def seed_of(seed: int, *of: object) -> int:
-    """Draw a seed for something by its name, so that it depends on nothing else.
+    """Derive a seed from names, so that it does not depend on the order of the work.
 
     Example:
         >>> seed_of(0, "cat.png"), seed_of(1, "cat.png")
@@ -32,31 +42,31 @@ def seed_of(seed: int, *of: object) -> int:
     return zlib.crc32("/".join(map(str, (seed, *of))).encode(errors="surrogatepass"))
 
 
-def judge_case(
-    map: Tensor, case: Case, subject: Subject, method: str, metrics: Sequence[str], seed: int
+def evaluate_case(
+    map: Tensor, case: Case, sample: EvalSample, method: str, metrics: Sequence[str], seed: int
 ) -> list[Value]:
-    """Judge a map (H, W) as a detector of the class of one case.
+    """Evaluate a map (H, W) as a detector of the class of one case.
 
     Raises:
         ValueError: the map is not finite, or not of the input's size.
     """
     _check(map, case.region.shape)
     maps, masks = map[None], case.region[None].to(map.device)
-    drawn = seed_of(seed, subject.unit, case.category)
+    case_seed = seed_of(seed, sample.unit, case.category)
     found: list[tuple[str, Any]] = []
     if "mask_ap" in metrics and case.has_mask:
-        found.append(("mask_ap", order.average_precision(maps, masks, drawn)))
+        found.append(("mask_ap", ranking.average_precision(maps, masks, case_seed)))
     if "box_ap" in metrics and case.box_region.any():
-        found.append(("box_ap", order.average_precision(maps, case.box_region[None].to(map.device), drawn)))
+        found.append(("box_ap", ranking.average_precision(maps, case.box_region[None].to(map.device), case_seed)))
     if case.region.any():
         if "pointing" in metrics:
             for name, tolerance in (("pointing", 0.0), ("pointing_15", TOLERANCE)):
-                hit = order.pointing(maps, masks, tolerance, subject.scale, drawn)
+                hit = ranking.pointing(maps, masks, tolerance, sample.scale, case_seed)
                 found.append((name, hit))
                 if case.is_difficult:
                     found.append((f"{name}_difficult", hit))
         if "energy" in metrics:
-            found += [(f"energy{power}", shares.energy(m, masks)) for power, m in _powers(maps, method)]
+            found += [(f"energy{power}", energy.energy(m, masks)) for power, m in _powers(maps, method)]
     if len(case.boxes):
         if "box_accuracy" in metrics:
             found.append(("box_accuracy", boxes.box_accuracy(map, case.boxes)))
@@ -67,28 +77,28 @@ def judge_case(
     return [(name, case.category, value if isinstance(value, str) else float(value)) for name, value in found]
 
 
-def judge_grid(
+def evaluate_grid(
     maps: Tensor, classes: Sequence[int], unit: str, method: str, metrics: Sequence[str], seed: int
 ) -> list[Value]:
-    """Judge the maps (n * n, H, W) of a grid's classes, each as a detector of its class's cell."""
+    """Evaluate the maps (n * n, H, W) of a grid's classes, each as a detector of its class's cell."""
     _check(maps, maps.shape)
     side = round(len(classes) ** 0.5)
     suffix = next(suffix for suffix, n in GRIDS.items() if n == side)
-    cells = shares.cells(side, *maps.shape[1:]).to(maps.device)
+    cells = energy.cells(side, *maps.shape[1:]).to(maps.device)
     found: list[Value] = []
     if "grid" in metrics:
         for power, m in _powers(maps, method):
-            values = shares.grid(m, cells).tolist()
+            values = energy.grid(m, cells).tolist()
             found += [(f"grid{suffix}{power}", c, value) for c, value in zip(classes, values, strict=True)]
     if "grid_ap" in metrics:
-        values = order.average_precision(maps, cells, seed_of(seed, unit)).tolist()
+        values = ranking.average_precision(maps, cells, seed_of(seed, unit)).tolist()
         found += [(f"grid_ap{suffix}", c, value) for c, value in zip(classes, values, strict=True)]
     return found
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the sanity and perturbation metrics of one picture look at."""
+class ImageContext:
+    """What the sanity and perturbation metrics of one image need beside its maps."""
 
     model: torch.nn.Module
     image: Tensor  # (C, H, W)
@@ -98,33 +108,33 @@ class Sight:
     after: Sequence[Tensor]  # the predicted class's map at each stage of the cascade, (H, W)
 
 
-def judge_picture(maps: Mapping[int, Tensor], sight: Sight, metrics: Sequence[str], seed: int) -> list[Value]:
-    """Judge the maps (H, W) of a picture by class, whatever is in the picture."""
+def evaluate_image(maps: Mapping[int, Tensor], context: ImageContext, metrics: Sequence[str], seed: int) -> list[Value]:
+    """Evaluate the maps (H, W) of an image with the metrics that need no annotation."""
     found: list[Value] = []
-    for name, value in _of_picture(maps, sight, metrics, seed):
+    for name, value in _of_image(maps, context, metrics, seed):
         found.append((name, -1, float(value)))
     return found
 
 
-def _of_picture(
-    maps: Mapping[int, Tensor], sight: Sight, metrics: Sequence[str], seed: int
+def _of_image(
+    maps: Mapping[int, Tensor], context: ImageContext, metrics: Sequence[str], seed: int
 ) -> Iterator[tuple[str, Any]]:
-    map = maps[sight.predicted][None]
-    _check(map[0], sight.image.shape[1:])
-    images, targets = sight.image[None], torch.tensor([sight.predicted], device=sight.image.device)
+    map = maps[context.predicted][None]
+    _check(map[0], context.image.shape[1:])
+    images, targets = context.image[None], torch.tensor([context.predicted], device=context.image.device)
     scores: dict[str, Callable[..., Tensor]] = {
         "insertion": perturbation.insertion_scores,
         "deletion": perturbation.deletion_scores,
     }
     for name, function in scores.items():
         if is_asked(metrics, *scores):
-            yield name, perturbation.area(function(sight.model, images, map, targets, seed=seed))
-    if "sensitivity" in metrics and sight.second in maps:
-        yield "sensitivity", similarity.correlation(map, maps[sight.second][None])
-    if "random_logit" in metrics and sight.other in maps:
-        yield "random_logit", similarity.ssim(map, maps[sight.other][None])
-    if is_asked(metrics, "cascade") and sight.after:
-        after = torch.stack(list(sight.after))
+            yield name, perturbation.area(function(context.model, images, map, targets, seed=seed))
+    if "sensitivity" in metrics and context.second in maps:
+        yield "sensitivity", similarity.correlation(map, maps[context.second][None])
+    if "random_logit" in metrics and context.other in maps:
+        yield "random_logit", similarity.ssim(map, maps[context.other][None])
+    if is_asked(metrics, "cascade") and context.after:
+        after = torch.stack(list(context.after))
         before = map.expand_as(after)
         unsigned = similarity.spearman(before.abs(), after.abs())
         yield "cascade", unsigned.mean()
@@ -134,7 +144,7 @@ def _of_picture(
 
 
 def other_class(predicted: int, count: int, seed: int) -> int:
-    """Draw another class than the predicted one.
+    """Choose a class other than the predicted one.
 
     Example:
         >>> {other_class(1, 3, seed) for seed in range(20)}
@@ -144,10 +154,10 @@ def other_class(predicted: int, count: int, seed: int) -> int:
 
 
 def _powers(maps: Tensor, method: str) -> Iterator[tuple[str, Tensor]]:
-    """The maps themselves, and the powers of them that are shown as a method's controls."""
+    """Yield the maps, and their powers that serve as a method's controls."""
     yield "", maps
     for exponent in CONTROLS.get(method, ()):
-        yield f"^{exponent:g}", shares.power(maps, exponent)
+        yield f"^{exponent:g}", energy.power(maps, exponent)
 
 
 def _check(map: Tensor, shape: Sequence[int]) -> None:

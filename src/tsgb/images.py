@@ -1,4 +1,4 @@
-"""Picture files: read one into RGB whatever its format, gather many, and give each a name of its own."""
+"""Image files: read one into RGB whatever its format, gather many, and give each a name of its own."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ MAX_PIXELS = 100_000_000  # width * height; 300 MB as RGB
 # EPS would start Ghostscript on a stranger's program; of the others Pillow knows the name and cannot decode the pixels.
 _REFUSED_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
-_TURNS = {  # EXIF orientation -> what shows the picture upright
+_TURNS = {  # EXIF orientation -> what shows the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,24 +42,24 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 _filters = threading.Lock()
 
 
-class PictureError(ValueError):
-    """A picture file that cannot be used: one line that names the file and says why."""
+class ImageError(ValueError):
+    """An image file that cannot be used: one line that names the file and says why."""
 
 
 def read(path: str | Path) -> Image.Image:
-    """Read a picture file of any format that Pillow decodes as upright 8-bit RGB.
+    """Read an image file of any format that Pillow decodes as upright 8-bit RGB.
 
     The EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled (65535 becomes 255), and of
     an animation the first frame is taken. Embedded colour profiles are not applied, as networks are trained without.
 
     Args:
-        path: The file. EPS, which is a program and not a picture, is refused.
+        path: The file. EPS, which is a program and not an image, is refused.
 
     Returns:
-        Picture of mode RGB without metadata, all of it in memory; the file is closed.
+        Image of mode RGB without metadata, all of it in memory; the file is closed.
 
     Raises:
-        PictureError: If the file is missing, no regular file, unreadable, broken, of a format that Pillow cannot
+        ImageError: If the file is missing, no regular file, unreadable, broken, of a format that Pillow cannot
             decode, larger than `MAX_PIXELS` by its header, or holds grey values outside of 0..65535 (integers) or 0..1
             (floats). Nothing else is raised or printed, whatever the file holds.
 
@@ -67,7 +67,7 @@ def read(path: str | Path) -> Image.Image:
         >>> read("no such cat.jpg")
         Traceback (most recent call last):
             ...
-        tsgb.pictures.PictureError: no such cat.jpg: no such file
+        tsgb.images.ImageError: no such cat.jpg: no such file
     """
     Image.init()
     formats = [name for name in Image.ID if name not in _REFUSED_FORMATS]
@@ -80,13 +80,12 @@ def read(path: str | Path) -> Image.Image:
             with _libtiff_silenced() if image.format == "TIFF" else contextlib.nullcontext():
                 image.load()
             _check_size(path, image.size)  # an icon may hold more than its header says
-            picture = _rgb(image)
-            turn = _turn(image)
-            return picture if turn is None else picture.transpose(turn)
-    except PictureError:
+            upright, turn = _rgb(image), _turn(image)
+            return upright if turn is None else upright.transpose(turn)
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise _error(path, "not a picture in a format that can be read") from error
+        raise _error(path, "not an image in a format that can be read") from error
     except Image.DecompressionBombError as error:
         raise _error(path, f"too large: more than {MAX_PIXELS} pixels in all") from error
     except Exception as error:  # decoders raise whatever a broken file leads them to
@@ -97,7 +96,7 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits, reading it piece by piece.
 
     Raises:
-        PictureError: If the file is missing, no regular file, or unreadable.
+        ImageError: If the file is missing, no regular file, or unreadable.
 
     Example:
         >>> sha256(__file__) == sha256(__file__)
@@ -111,13 +110,13 @@ def sha256(path: str | Path) -> str:
 
 
 def collect(paths: Sequence[str | Path]) -> list[Path]:
-    """List the picture files meant by files and folders, in the order given and each one once.
+    """List the image files meant by files and folders, in the order given and each one once.
 
-    A file stands for itself, also when it is missing or no picture: `read` reports it. A folder stands for the files
+    A file stands for itself, also when it is missing or no image: `read` reports it. A folder stands for the files
     directly in it whose extension belongs to a format that `read` knows, sorted by name; hidden ones are passed over.
 
     Raises:
-        PictureError: If a folder holds no picture files or cannot be listed.
+        ImageError: If a folder holds no image files or cannot be listed.
 
     Example:
         >>> [path.as_posix() for path in collect(["cat.png", "./cat.png", "dog.png"])]
@@ -129,7 +128,7 @@ def collect(paths: Sequence[str | Path]) -> list[Path]:
     }
     files: dict[str, Path] = {}
     for path in map(Path, paths):
-        for file in _pictures_in(path, known) if os.path.isdir(path) else [path]:
+        for file in _images_in(path, known) if os.path.isdir(path) else [path]:
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
@@ -212,9 +211,9 @@ def _libtiff_silenced() -> Iterator[None]:
         os.close(terminal)
 
 
-def _error(path: str | Path, reason: str) -> PictureError:
+def _error(path: str | Path, reason: str) -> ImageError:
     name = str(path)
-    return PictureError(f"{name if name.isprintable() else repr(name)}: {' '.join(reason.split())}")
+    return ImageError(f"{name if name.isprintable() else repr(name)}: {' '.join(reason.split())}")
 
 
 def _check_size(path: str | Path, size: tuple[int, int]) -> None:
@@ -227,13 +226,13 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = _grey(image, 65535)
     elif image.mode == "F":
         image = _grey(image, 1)
-    picture = Image.new("RGB", image.size, "white")
+    result = Image.new("RGB", image.size, "white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        picture.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        result.paste(image.convert("RGB"), mask=image.getchannel("A"))
     else:
-        picture.paste(image.convert("RGB"))
-    return picture
+        result.paste(image.convert("RGB"))
+    return result
 
 
 def _grey(image: Image.Image, white: int) -> Image.Image:
@@ -255,14 +254,14 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _pictures_in(folder: Path, suffixes: set[str]) -> list[Path]:
+def _images_in(folder: Path, suffixes: set[str]) -> list[Path]:
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
     except OSError as error:
         raise _error(folder, f"cannot be listed: {error.strerror or error}") from error
     files = [path for path in files if not path.name.startswith(".")]
     if not files:
-        raise _error(folder, "holds no picture files")
+        raise _error(folder, "holds no image files")
     return files
 
 
@@ -291,6 +290,6 @@ def _key(label: str) -> str:
 
 def _clean(name: str) -> str:
     name = "".join(c if c.isprintable() and c not in '<>:"/\\|?*' else "_" for c in name)
-    name = name.encode()[-_LABEL_BYTES:].decode(errors="ignore").strip(" .") or "picture"
+    name = name.encode()[-_LABEL_BYTES:].decode(errors="ignore").strip(" .") or "image"
     # Windows keeps these names for devices, whatever the extension.
     return f"_{name}" if re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE) else name

@@ -1,4 +1,4 @@
-"""Figures that depend on the order of a map's pixels alone: average precision and the pointing game."""
+"""Metrics that depend on the ranking of a map's pixels alone: average precision and the pointing game."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who does the work: the processes of this machine, and the ranks that `torchrun` has started."""
+"""The processes that run a bench: a pool on this machine, and the ranks that `torchrun` starts."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from torch import distributed
 from .records import Key
 from .work import Job, Worker
 
-__all__ = ["Begun", "Crew", "Task", "on_rank_0", "ranks", "threads"]
+__all__ = ["Begun", "Task", "WorkerPool", "on_rank_0", "ranks", "threads"]
 
 MOST_WORKERS = 8
-WAIT = timedelta(days=7)  # of a rank for the others, which may have slower pictures
+WAIT = timedelta(days=7)  # of a rank for the others, which may have slower images
 
 Begun = Callable[[int], AbstractContextManager[Callable[[int], object]]]
-Task = tuple[str, tuple[Any, ...], frozenset[Key]]  # "pictures" or "grids", which, and what of them is done
+Task = tuple[str, tuple[Any, ...], frozenset[Key]]  # "images" or "grids", which, and what of them is done
 
 
-class Crew:
-    """A rank's processes.
+class WorkerPool:
+    """The worker processes of a rank.
 
     Args:
-        worker: this process's own. ``rank`` and ``world``: of this process, and how many there are.
-        workers: processes of this rank; None takes one a core, 8 at most, and this one alone on a GPU.
-        begun: entered with the number of units to do; what it yields is called with how many more are done.
+        worker: that of this process. ``rank`` and ``world``: this rank, and the number of ranks.
+        workers: processes of this rank. By default, one a core, at most 8; only this one on a GPU.
+        begun: a context manager for progress, see `tsgb.bench.run`.
     """
 
     def __init__(self, worker: Worker, rank: int, world: int, workers: int | None, begun: Begun) -> None:
@@ -44,7 +44,7 @@ class Crew:
         self._workers = workers or (max(1, min(MOST_WORKERS, cores // here)) if on_cpu else 1)
 
     def work(self, tasks: Sequence[Task]) -> None:
-        """Do this rank's part of the tasks, and wait until all ranks have done theirs.
+        """Run this rank's part of the tasks, and wait for the other ranks.
 
         Raises:
             RuntimeError: a process was killed.
@@ -71,12 +71,12 @@ class Crew:
                     done(futures[future])
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    "a process of the bench was killed, perhaps for want of memory: the same arguments again go on "
-                    "where it was; another --out allows a smaller --batch-size"
+                    "a process of the bench was killed, perhaps for lack of memory: the same arguments resume it; "
+                    "a smaller --batch-size needs another --out"
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():  # else what they have begun would be waited for
+                for process in multiprocessing.active_children():  # do not wait for unfinished tasks
                     process.terminate()
                 raise
 
@@ -94,7 +94,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # it was killed, and nobody waits for this one
+        os._exit(1)  # the parent was killed
 
 
 def _do_here(task: Task) -> None:
@@ -102,12 +102,12 @@ def _do_here(task: Task) -> None:
 
 
 def _do(worker: Worker, task: Task) -> None:
-    (worker.do_pictures if task[0] == "pictures" else worker.do_grids)(task[1], task[2])
+    (worker.do_images if task[0] == "images" else worker.do_grids)(task[1], task[2])
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads; the last digits of a sum depend on how many share it."""
+    """Compute with this many threads. The last digits of a sum depend on the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -118,7 +118,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def ranks() -> Iterator[tuple[int, int]]:
-    """Join the ranks that `torchrun` has started, if it has: rank and number of ranks."""
+    """Join the ranks that `torchrun` started, if any; yield the rank and the number of ranks."""
     if distributed.is_initialized():
         yield distributed.get_rank(), distributed.get_world_size()
     elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -132,15 +132,15 @@ def ranks() -> Iterator[tuple[int, int]]:
 
 
 def on_rank_0(rank: int, do: Callable[[], Any]) -> Any:
-    """Do something on rank 0 alone, and return what it gives, or raise what it raises, on every rank."""
-    told: list[Any] = [None, None]
+    """Call a function on rank 0 only; return its result, or raise its error, on every rank."""
+    outcome: list[Any] = [None, None]  # result, error
     if rank == 0:
         try:
-            told[0] = do()
+            outcome[0] = do()
         except Exception as error:
-            told[1] = error
+            outcome[1] = error
     if distributed.is_initialized():
-        distributed.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+        distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,4 +1,4 @@
-"""What a map is judged against: pictures and grids of them as the network sees them, with the regions of classes."""
+"""Annotated images as the network sees them: inputs, the regions of their classes, and grids of images."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from ..preprocessing import Preprocessing
 from ..targets import find_logits
 from .protocol import NEAREST
 
-__all__ = ["Case", "Classifier", "Subject", "compose", "grids", "picture_of", "subject"]
+__all__ = ["Case", "Classifier", "EvalSample", "compose", "grids", "image_of", "prepare_sample"]
 
-SMALL = 1 / 4  # of a picture's area: classes whose boxes cover less are difficult where another class is present
+SMALL = 1 / 4  # of an image's area: classes whose boxes cover less are difficult where another class is present
 
 
 class Classifier(nn.Module):
@@ -43,15 +43,15 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One class in one picture or grid, in the pixels of the network's input (H, W).
+    """One class in one image or grid, in the pixels of the network's input (H, W).
 
     Attributes:
         category: the dataset's number of the class.
-        target: the network's class that is asked about.
+        target: the network's class that is explained.
         region: bool (H, W), the class's mask; its boxes where it has no mask; its cell of a grid.
         has_mask: whether ``region`` is a mask.
         boxes: float64 (n, 4), x0, y0, x1, y1, and ``box_region`` their pixels, bool (H, W).
-        is_difficult: whether the boxes cover less than a quarter of a picture that shows another class too.
+        is_difficult: whether the boxes cover less than a quarter of an image that shows another class too.
     """
 
     category: int
@@ -64,16 +64,17 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A picture as the network sees it.
+class EvalSample:
+    """An annotated image as the network sees it.
 
     Attributes:
         unit: its name in the records. ``index``: its place in the dataset.
         tensor: (3, H, W), the network's input.
-        scale: pixels of the picture per pixel of the input, down and across.
+        scale: pixels of the image per pixel of the input, down and across.
         cases: the classes in it that the network knows, each once.
-        problems: one line for each annotation that cannot be judged.
-        distant: classes that are left out as the network has only kinds of them, none among its 20 most probable.
+        problems: one line for each annotation that cannot be used.
+        distant: the number of classes that are left out: the network knows only kinds of them, none of which is
+            among its 20 most probable.
     """
 
     unit: str
@@ -85,49 +86,49 @@ class Subject:
     distant: int = 0
 
 
-def subject(
-    sample: Sample, index: int, picture: Image.Image, tensor: Tensor, logits: Tensor, dataset: Dataset, network: Network
-) -> Subject:
-    """Carry a sample's annotation to the network's input, and choose the network's class for each of its classes.
+def prepare_sample(
+    sample: Sample, index: int, image: Image.Image, tensor: Tensor, logits: Tensor, dataset: Dataset, network: Network
+) -> EvalSample:
+    """Map a sample's annotation to the network's input, and match its classes with the network's.
 
-    A class of the dataset that stands for several of the network's is asked about as the most probable of them, and
-    counts if that is among the 20 most probable of all.
+    A class of the dataset may stand for several of the network's. Then the most probable of these is explained, if it
+    is among the 20 most probable of all.
 
     Args:
-        sample: whose annotation is read. ``index``: its place in the dataset.
-        picture: its picture. ``tensor``: (3, H, W), the network's input. ``logits``: (classes,).
+        sample: an image of the dataset. ``index``: its place there.
+        image: its image. ``tensor``: (3, H, W), the network's input. ``logits``: (classes,).
 
     Raises:
         ValueError: the regions of the annotated classes cannot be read.
     """
-    order = logits.argsort(descending=True, stable=True).tolist()
+    classes = logits.argsort(descending=True, stable=True).tolist()
     cases, problems, distant = [], [], 0
     if not sample.categories:
         try:
             sample.regions()
             problems.append(f"{sample.name}: no annotation")
-        except ValueError as error:  # the picture is judged all the same by what needs no annotation
+        except ValueError as error:  # metrics without annotation still apply
             problems.append(str(error))
-    elif sample.size is not None and sample.size != picture.size:
-        problems.append(f"{sample.name}: annotated as {_times(sample.size)}, but the picture is {_times(picture.size)}")
+    elif sample.size is not None and sample.size != image.size:
+        problems.append(f"{sample.name}: annotated as {_times(sample.size)}, but the image is {_times(image.size)}")
     else:
         for region in sample.regions():
             category = dataset.categories[region.category]
-            known = classes_of(category, region.category, network.names, len(order))
-            best = next((c for c in order if c in known), None)
+            known = classes_of(category, region.category, network.names, len(classes))
+            best = next((c for c in classes if c in known), None)
             if best is None:
                 problems.append(f"{sample.name}: the network has no class {category.name!r} ({region.category})")
-            elif best not in order[:NEAREST] and has_kinds(category, network.names, len(order)):
+            elif best not in classes[:NEAREST] and has_kinds(category, network.names, len(classes)):
                 distant += 1
             else:
-                case = _case(region, best, len(sample.categories) > 1, picture.size, network.preprocessing)
+                case = _case(region, best, len(sample.categories) > 1, image.size, network.preprocessing)
                 has_place = case.has_mask or len(region.boxes)
                 if case.region.any() or not has_place:
                     cases.append(case)
                 if has_place and not (case.region.any() and case.box_region.any()):
                     problems.append(f"{sample.name}: {category.name!r} holds no pixel of what the network sees")
-    scale = _scale(network.preprocessing, picture.size)
-    return Subject(sample.name, index, tensor, scale, tuple(cases), tuple(problems), distant)
+    scale = _scale(network.preprocessing, image.size)
+    return EvalSample(sample.name, index, tensor, scale, tuple(cases), tuple(problems), distant)
 
 
 def _case(region: Region, target: int, has_others: bool, size: tuple[int, int], preprocessing: Preprocessing) -> Case:
@@ -146,7 +147,7 @@ def _case(region: Region, target: int, has_others: bool, size: tuple[int, int], 
 
 
 def _inside(boxes: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Pixels whose centre lies in a box."""
+    """Mark the pixels whose centre lies in a box."""
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
     found = np.zeros((height, width), dtype=bool)
     for x0, y0, x1, y1 in boxes:
@@ -155,9 +156,9 @@ def _inside(boxes: npt.NDArray[np.float64], height: int, width: int) -> npt.NDAr
 
 
 def _seen(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """A picture's mask at the centres of the network's pixels; nothing lies outside of the picture."""
+    """Sample an image's mask at the centres of the network's pixels; False outside of the image."""
     height, width = preprocessing.size
-    corners = preprocessing.to_picture([[0, 0, width, height]], size)[0]
+    corners = preprocessing.to_image([[0, 0, width, height]], size)[0]
     x = np.floor(corners[0] + (np.arange(width) + 0.5) * (corners[2] - corners[0]) / width).astype(int)
     y = np.floor(corners[1] + (np.arange(height) + 0.5) * (corners[3] - corners[1]) / height).astype(int)
     there = ((y >= 0) & (y < size[1]))[:, None] & ((x >= 0) & (x < size[0]))
@@ -166,18 +167,18 @@ def _seen(mask: npt.NDArray[np.bool_], preprocessing: Preprocessing, size: tuple
 
 
 def _scale(preprocessing: Preprocessing, size: tuple[int, int]) -> tuple[float, float]:
-    x0, y0, x1, y1 = preprocessing.to_picture([[0, 0, 1, 1]], size)[0].tolist()
+    x0, y0, x1, y1 = preprocessing.to_image([[0, 0, 1, 1]], size)[0].tolist()
     return y1 - y0, x1 - x0
 
 
 def grids(pool: Iterable[tuple[int, int]], side: int, largest: int, seed: int) -> list[tuple[tuple[int, int], ...]]:
-    """Sort pictures into grids of distinct classes, each picture into one at most, in an order drawn from the seed.
+    """Sort images into grids of distinct classes, each image into at most one, in a random order.
 
     Args:
-        pool: (index, class) of each picture. ``side``: pictures along a side. ``largest``: grids at most.
+        pool: (index, class) of each image. ``side``: images along a side. ``largest``: grids at most.
 
     Returns:
-        Whole grids alone, each the (index, class) of ``side * side`` pictures, row by row.
+        Complete grids, each the (index, class) of ``side * side`` images, row by row.
 
     Example:
         >>> grids([(7, 0), (8, 0), (9, 1), (5, 2), (6, 3)], 2, largest=500, seed=0)
@@ -203,7 +204,7 @@ def grids(pool: Iterable[tuple[int, int]], side: int, largest: int, seed: int) -
 
 
 def compose(tensors: Sequence[Tensor]) -> Tensor:
-    """Lay network inputs (C, H, W) out as a square grid (C, n H, n W), row by row.
+    """Arrange network inputs (C, H, W) as a square grid (C, n H, n W), row by row.
 
     Example:
         >>> compose([torch.full((1, 1, 1), float(k)) for k in range(4)])[0].tolist()
@@ -213,11 +214,11 @@ def compose(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.cat(list(tensors[row * side : (row + 1) * side]), 2) for row in range(side)], 1)
 
 
-def picture_of(tensor: Tensor, preprocessing: Preprocessing) -> Image.Image:
-    """The picture that a network input (3, H, W) shows.
+def image_of(tensor: Tensor, preprocessing: Preprocessing) -> Image.Image:
+    """Undo the normalisation of a network input (3, H, W).
 
     Example:
-        >>> picture_of(torch.zeros(3, 2, 4), Preprocessing(size=(2, 4))).getpixel((0, 0))
+        >>> image_of(torch.zeros(3, 2, 4), Preprocessing(size=(2, 4))).getpixel((0, 0))
         (124, 116, 104)
     """
     mean, std = (tensor.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))

@@ -1,4 +1,4 @@
-"""What is given to a bench: which pictures, and maps that someone else made, a .npy file for each picture and class."""
+"""Maps that were computed elsewhere, a .npy file for each image and class; and slices of a dataset."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from .protocol import METRICS
 
-__all__ = ["JUDGED", "folder_of", "given_maps", "given_methods", "slice_of"]
+__all__ = ["MAP_METRICS", "folder_of", "precomputed_methods", "read_maps", "slice_of"]
 
-#: Metrics that given maps can be judged by: the others need maps of grids, of a randomised network, or the method.
-JUDGED = tuple(name for name in METRICS if name not in ("grid", "grid_ap", "cascade", "speed", "memory"))
+#: Metrics for precomputed maps. The others need maps of grids or of a randomised network, or the method itself.
+MAP_METRICS = tuple(name for name in METRICS if name not in ("grid", "grid_ap", "cascade", "speed", "memory"))
 
 
 def slice_of(text: str) -> slice:
-    """Read a Python slice, as it stands between brackets.
+    """Parse a Python slice, as written between brackets.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no slice.
 
     Example:
         >>> list(range(6))[slice_of("1::2")], list(range(6))[slice_of(":3")]
@@ -32,21 +32,21 @@ def slice_of(text: str) -> slice:
     except ValueError:
         numbers = []
     if len(numbers) not in (2, 3) or numbers[2:] == [0]:
-        raise ValueError(f"pictures must be a Python slice, as '1::2' or ':100', got {text!r}")
+        raise ValueError(f"images must be a Python slice, as '1::2' or ':100', got {text!r}")
     return slice(*numbers)
 
 
-def given_methods(folder: Path) -> tuple[str, ...]:
-    """Name the methods whose maps lie in a folder: its subfolders that hold .npy files, else the folder itself.
+def precomputed_methods(folder: Path) -> tuple[str, ...]:
+    """Name the methods with maps in a folder: its subfolders that have .npy files, else the folder itself.
 
     Raises:
-        ValueError: there is no .npy file.
+        ValueError: the folder has no .npy file.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> np.save(folder / "cat_281.npy", np.zeros((2, 2)))
-        >>> given_methods(folder) == (folder.name,)
+        >>> precomputed_methods(folder) == (folder.name,)
         True
     """
     if folder.is_dir():
@@ -55,27 +55,27 @@ def given_methods(folder: Path) -> tuple[str, ...]:
             return within
         if any(folder.glob("*.npy")):
             return (folder.resolve().name,)
-    raise ValueError(f"{folder} holds no maps: expected <picture>_<class>.npy, or folders of such, one a method")
+    raise ValueError(f"{folder} holds no maps: expected <image>_<class>.npy, or folders of such, one a method")
 
 
 def folder_of(folder: Path, method: str) -> Path:
-    """Where a method's maps lie: in its subfolder, or in the folder itself where the method has its name."""
+    """Return the folder of a method's maps: its subfolder, else the folder itself."""
     return folder / method if (folder / method).is_dir() else folder
 
 
-def given_maps(folder: Path, label: str, classes: Sequence[int]) -> tuple[dict[int, Tensor], list[str]]:
-    """Read the maps of a picture's classes from ``<label>_<class>.npy``, as `tsgb explain` writes them.
+def read_maps(folder: Path, label: str, classes: Sequence[int]) -> tuple[dict[int, Tensor], list[str]]:
+    """Read the maps of an image's classes from ``<label>_<class>.npy``, as `tsgb explain` writes them.
 
     Args:
-        folder: see `folder_of`. ``label``: the picture's file stem; see `tsgb.pictures.labels` where stems are alike.
+        folder: see `folder_of`. ``label``: the image's file stem; see `tsgb.images.labels` where stems are alike.
         classes: the network's classes.
 
     Returns:
         The maps by class, float64, and one line for each that is missing or cannot be read.
 
     Example:
-        >>> given_maps(Path("nowhere"), "cat", [281])
-        ({}, ["no map: expected <picture>_<class>.npy, of the network's class"])
+        >>> read_maps(Path("nowhere"), "cat", [281])
+        ({}, ["no map: expected <image>_<class>.npy, of the network's class"])
     """
     maps, errors = {}, []
     for target in classes:
@@ -83,8 +83,8 @@ def given_maps(folder: Path, label: str, classes: Sequence[int]) -> tuple[dict[i
         try:
             maps[target] = torch.from_numpy(_read(file))
         except FileNotFoundError:
-            errors.append("no map: expected <picture>_<class>.npy, of the network's class")
-        except Exception as error:  # whatever numpy makes of a broken file
+            errors.append("no map: expected <image>_<class>.npy, of the network's class")
+        except Exception as error:  # numpy may raise anything for a broken file
             errors.append(f"{file.name}: {' '.join(str(error).split()) or type(error).__name__}")
     return maps, errors
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import plain_metrics as plain
+import reference_metrics as plain
 from tsgb import metrics
-from tsgb.metrics import order
+from tsgb.metrics import ranking
 
 # Ranked 16, 15, .. 1: row by row from the lower right.
 MAP = torch.arange(1.0, 17.0).reshape(1, 4, 4)
@@ -33,8 +33,8 @@ def cases(draw):
 @settings(max_examples=80, deadline=None)
 def test_ranking_and_average_precision_are_their_twins(case):
     maps, masks, seed = case
-    ranked = order.ranking(maps, seed)
-    found = order.average_precision(maps, masks, seed)
+    ranked = ranking.ranking(maps, seed)
+    found = ranking.average_precision(maps, masks, seed)
     for n, map in enumerate(maps):
         assert [divmod(pixel, map.shape[1]) for pixel in ranked[n].tolist()] == plain.ranking(map, seed)
         assert float(found[n]) == pytest.approx(plain.average_precision(map, masks[n], seed), abs=1e-12, nan_ok=True)
@@ -47,7 +47,7 @@ def test_without_ties_average_precision_is_that_of_scikit_learn(share, dtype):
     maps = torch.stack([torch.randperm(29 * 31).reshape(29, 31) for _ in range(5)]).to(dtype) - 400
     masks = torch.rand(maps.shape) < share
     masks[:, 3, 4] = True
-    found = order.average_precision(maps, masks)
+    found = ranking.average_precision(maps, masks)
     assert found.dtype == torch.float64
     for n in range(5):
         assert float(found[n]) == pytest.approx(score(masks[n].flatten(), maps[n].flatten()), abs=1e-12)
@@ -55,26 +55,26 @@ def test_without_ties_average_precision_is_that_of_scikit_learn(share, dtype):
 
 def test_average_precision_by_hand():
     # The mask holds the values 16, 10 and 4, which are at ranks 1, 7 and 13: (1/1 + 2/7 + 3/13) / 3.
-    assert float(order.average_precision(MAP, MASK)) == pytest.approx((1 + 2 / 7 + 3 / 13) / 3, abs=1e-15)
+    assert float(ranking.average_precision(MAP, MASK)) == pytest.approx((1 + 2 / 7 + 3 / 13) / 3, abs=1e-15)
 
 
 def test_average_precision_of_everything_nothing_and_the_mask_itself():
-    assert order.average_precision(MAP, torch.ones_like(MASK)).tolist() == [1.0]
-    assert order.average_precision(MASK.float(), MASK).tolist() == [1.0]
-    assert order.average_precision(MAP, torch.zeros_like(MASK)).isnan().all()
+    assert ranking.average_precision(MAP, torch.ones_like(MASK)).tolist() == [1.0]
+    assert ranking.average_precision(MASK.float(), MASK).tolist() == [1.0]
+    assert ranking.average_precision(MAP, torch.zeros_like(MASK)).isnan().all()
 
 
 def test_sharpening_leaves_the_order_alone():
     maps, masks = torch.rand(3, 12, 12), torch.rand(3, 12, 12) < 0.3
-    assert torch.equal(order.average_precision(maps, masks), order.average_precision(maps**3, masks))
+    assert torch.equal(ranking.average_precision(maps, masks), ranking.average_precision(maps**3, masks))
 
 
 def test_ties_are_broken_by_the_seed_and_fairly():
     # One pixel of 100 in a map without evidence: its rank is uniform, so that AP is H_100 / 100 on average, 0.0519.
     maps, masks = torch.zeros(1, 10, 10), torch.zeros(1, 10, 10, dtype=torch.bool)
     masks[0, 0, 0] = True
-    found = [float(order.average_precision(maps, masks, seed)) for seed in range(600)]
-    assert found[:20] == [float(order.average_precision(maps, masks, seed)) for seed in range(20)]
+    found = [float(ranking.average_precision(maps, masks, seed)) for seed in range(600)]
+    assert found[:20] == [float(ranking.average_precision(maps, masks, seed)) for seed in range(20)]
     assert len({round(1 / value) for value in found}) > 90
     assert sum(found) / 600 == pytest.approx(0.0519, abs=0.02)
 
@@ -82,16 +82,16 @@ def test_ties_are_broken_by_the_seed_and_fairly():
 def test_a_map_has_its_figure_whatever_else_is_in_the_batch():
     maps, masks = torch.randint(0, 3, (6, 9, 7)).double(), torch.rand(6, 9, 7) < 0.3
     for n in range(6):
-        alone = order.average_precision(maps[n : n + 1], masks[n : n + 1])
-        assert float(alone) == float(order.average_precision(maps, masks)[n])
-        assert bool(order.pointing(maps[n : n + 1], masks[n : n + 1])) == bool(order.pointing(maps, masks)[n])
+        alone = ranking.average_precision(maps[n : n + 1], masks[n : n + 1])
+        assert float(alone) == float(ranking.average_precision(maps, masks)[n])
+        assert bool(ranking.pointing(maps[n : n + 1], masks[n : n + 1])) == bool(ranking.pointing(maps, masks)[n])
 
 
 @given(cases(), st.sampled_from([0.0, 1.0, 1.5, 3.0, 4.2]), st.sampled_from([(1.0, 1.0), (2.0, 0.5), (1.4, 3.0)]))
 @settings(max_examples=100, deadline=None)
 def test_pointing_is_its_twin(case, tolerance, scale):
     maps, masks, seed = case
-    found = order.pointing(maps, masks, tolerance, scale, seed)
+    found = ranking.pointing(maps, masks, tolerance, scale, seed)
     assert found.dtype == torch.bool
     assert found.tolist() == [plain.pointing(m, k, tolerance, scale, seed) for m, k in zip(maps, masks, strict=True)]
 
@@ -100,23 +100,23 @@ def test_pointing_by_hand():
     # The highest pixel is (0, 0), the mask's only one (3, 2). At a scale of (2, 1) they are (6, 2) apart, squared 40.
     map, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
     map[0, 0, 0], mask[0, 3, 2] = 1, True
-    assert not order.pointing(map, mask, tolerance=40**0.5 - 1e-9, scale=(2, 1))
-    assert order.pointing(map, mask, tolerance=40**0.5 + 1e-9, scale=(2, 1))
-    assert not order.pointing(map, mask, tolerance=5, scale=(1, 2))  # (3, 4) apart, 5: the inequality is strict
-    assert order.pointing(map, mask, tolerance=5.01, scale=(1, 2))
-    assert not order.pointing(map, mask)
-    assert order.pointing(map, torch.ones_like(mask))
+    assert not ranking.pointing(map, mask, tolerance=40**0.5 - 1e-9, scale=(2, 1))
+    assert ranking.pointing(map, mask, tolerance=40**0.5 + 1e-9, scale=(2, 1))
+    assert not ranking.pointing(map, mask, tolerance=5, scale=(1, 2))  # (3, 4) apart, 5: the inequality is strict
+    assert ranking.pointing(map, mask, tolerance=5.01, scale=(1, 2))
+    assert not ranking.pointing(map, mask)
+    assert ranking.pointing(map, torch.ones_like(mask))
 
 
 def test_every_map_may_have_its_own_scale():
     map, mask = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
     map[:, 0, 0], mask[:, 0, 3] = 1, True  # 3 pixels apart, horizontally
-    assert order.pointing(map, mask, 15, torch.tensor([[9.0, 4.9], [1.0, 5.0]])).tolist() == [True, False]
+    assert ranking.pointing(map, mask, 15, torch.tensor([[9.0, 4.9], [1.0, 5.0]])).tolist() == [True, False]
 
 
 def test_one_of_several_highest_pixels_is_drawn():
     map, mask = torch.zeros(1, 1, 4), torch.tensor([[[True, False, False, False]]])
-    hits = [bool(order.pointing(map, mask, seed=seed)) for seed in range(400)]
+    hits = [bool(ranking.pointing(map, mask, seed=seed)) for seed in range(400)]
     assert 60 < sum(hits) < 140  # a quarter
 
 
@@ -126,7 +126,7 @@ def test_wrong_arguments_are_named():
     broken[1, 0, 0] = float("nan")
     endless = maps.clone()
     endless[0, 0, 0] = float("inf")
-    for function in (order.average_precision, order.pointing):
+    for function in (ranking.average_precision, ranking.pointing):
         for error, message, args in (
             (ValueError, "maps must be finite, but map 1 holds NaN or infinity", (broken, masks)),
             (ValueError, "maps must be finite, but map 0 holds NaN or infinity", (endless, masks)),
@@ -141,17 +141,17 @@ def test_wrong_arguments_are_named():
             with pytest.raises(error, match=message):
                 function(*args)
     with pytest.raises(ValueError, match="map 1 holds NaN"):
-        order.ranking(broken)
+        ranking.ranking(broken)
     for tolerance in (-1, float("nan")):
         with pytest.raises(ValueError, match=r"tolerance must be 0 or more, in pixels of the original image, got"):
-            order.pointing(maps, masks, tolerance)
+            ranking.pointing(maps, masks, tolerance)
     for scale in ((1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf")), torch.ones(3, 2)):
         with pytest.raises(ValueError, match=r"scale must be positive, \(vertical, horizontal\) or \(N, 2\), got"):
-            order.pointing(maps, masks, 1, scale)
+            ranking.pointing(maps, masks, 1, scale)
 
 
 def test_metric_classes_are_loaded_when_asked_for():
-    code = "import sys, tsgb.metrics.order, tsgb.metrics.boxes; print('torchmetrics' in sys.modules)"
+    code = "import sys, tsgb.metrics.ranking, tsgb.metrics.boxes; print('torchmetrics' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = metrics.nonsense

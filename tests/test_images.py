@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from tsgb import pictures
-from tsgb.pictures import PictureError, collect, labels, read, sha256
+from tsgb import images
+from tsgb.images import ImageError, collect, labels, read, sha256
 
 Y, X = np.mgrid[:12, :20]
 GREY = (X * 12 + Y).astype(np.uint8)
@@ -30,10 +30,10 @@ ALPHA = (X * 13).astype(np.uint8)
 
 def reread(image: Image.Image, path: Path, **options) -> np.ndarray:
     image.save(path, **options)
-    picture = read(path)
-    assert picture.mode == "RGB"
-    assert picture.info == {}
-    return np.asarray(picture)
+    found = read(path)
+    assert found.mode == "RGB"
+    assert found.info == {}
+    return np.asarray(found)
 
 
 def three(grey: np.ndarray) -> np.ndarray:
@@ -60,7 +60,7 @@ def transparent(values: tuple[int, ...]) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "tga", "webp", "qoi", "jp2"])
-def test_colour_pictures_are_read_exactly(tmp_path, suffix):
+def test_colour_images_are_read_exactly(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
     assert (reread(Image.fromarray(COLOUR), tmp_path / f"a.{suffix}", **options) == COLOUR).all()
 
@@ -150,7 +150,7 @@ def test_32_bit_grey_is_refused_outside_of_16_bits(tmp_path):
     assert (reread(Image.fromarray(values), tmp_path / "a.tif") == three(np.array([[0, 1, 255]]))).all()
     for wrong in (65536, -1):
         Image.fromarray(np.array([[0, wrong]], np.int32)).save(tmp_path / "b.tif")
-        with pytest.raises(PictureError, match=rf"b.tif: .*{wrong}.*, expected 0 to 65535"):
+        with pytest.raises(ImageError, match=rf"b.tif: .*{wrong}.*, expected 0 to 65535"):
             read(tmp_path / "b.tif")
 
 
@@ -159,7 +159,7 @@ def test_floats_are_read_from_0_to_1_and_refused_outside(tmp_path):
     assert (reread(Image.fromarray(values), tmp_path / "a.tif") == three(np.array([[0, 64, 128, 255]]))).all()
     for wrong in (1.5, -0.25, np.nan):
         Image.fromarray(np.array([[0, wrong]], np.float32)).save(tmp_path / "b.tif")
-        with pytest.raises(PictureError, match=r"b.tif: .*grey values from .*, expected 0 to 1"):
+        with pytest.raises(ImageError, match=r"b.tif: .*grey values from .*, expected 0 to 1"):
             read(tmp_path / "b.tif")
 
 
@@ -197,7 +197,7 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     assert abs(got.astype(int) - (255, 0, 0)).max() <= 3
 
 
-def test_broken_exif_does_not_cost_the_picture(tmp_path):
+def test_broken_exif_does_not_cost_the_image(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff\xff\xff"
     assert abs(reread(Image.fromarray(GREY), tmp_path / "a.jpg", exif=exif, quality=100)[..., 0] - GREY * 1.0).max() < 9
 
@@ -212,14 +212,14 @@ def test_missing_folder_and_empty(tmp_path):
         (tmp_path / ("x" * 300), "too long"),
         ("a\0b", "null"),
     ]:
-        with pytest.raises(PictureError, match=reason) as caught:
+        with pytest.raises(ImageError, match=reason) as caught:
             read(path)
         assert str(caught.value).startswith("'a\\x00b': " if path == "a\0b" else f"{path}: ")
         assert "\n" not in str(caught.value)
 
 
 def test_a_message_stays_one_line_whatever_the_name():
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         read("two\nlines.png")
     assert str(caught.value) == "'two\\nlines.png': no such file"
 
@@ -227,7 +227,7 @@ def test_a_message_stays_one_line_whatever_the_name():
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(PictureError, match=r"pipe\.png: is not a regular file"):
+    with pytest.raises(ImageError, match=r"pipe\.png: is not a regular file"):
         read(tmp_path / "pipe.png")
 
 
@@ -239,16 +239,14 @@ def test_no_permission(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     for function in (read, sha256):
-        with pytest.raises(PictureError, match=r"a\.png: no permission to read it"):
+        with pytest.raises(ImageError, match=r"a\.png: no permission to read it"):
             function(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize(
-    "content", [b"not a picture at all\n" * 9, b"\0", b"\x89PNG\r\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
-)
-def test_what_is_no_picture(tmp_path, content):
+@pytest.mark.parametrize("content", [b"not an image at all\n" * 9, b"\0", b"\x89PNG\r\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_what_is_no_image(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(PictureError, match=r"a\.jpg: not a picture in a format that can be read"):
+    with pytest.raises(ImageError, match=r"a\.jpg: not an image in a format that can be read"):
         read(tmp_path / "a.jpg")
 
 
@@ -258,12 +256,12 @@ def test_truncated(tmp_path, suffix):
     Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
     data = (tmp_path / f"whole.{suffix}").read_bytes()
     (tmp_path / f"half.{suffix}").write_bytes(data[: len(data) // 2])
-    with pytest.raises(PictureError, match=rf"half\.{suffix}: "):
+    with pytest.raises(ImageError, match=rf"half\.{suffix}: "):
         read(tmp_path / f"half.{suffix}")
 
 
 @pytest.mark.parametrize("side", [9_500, 10_001, 14_000, 100_000])
-def test_pictures_too_large_are_refused_by_their_header(tmp_path, side, monkeypatch):
+def test_images_too_large_are_refused_by_their_header(tmp_path, side, monkeypatch):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(8, 0, [b""], side).replace(struct.pack(">II", side, 1), struct.pack(">II", side, side)))
     data = bytearray(path.read_bytes())
@@ -274,13 +272,13 @@ def test_pictures_too_large_are_refused_by_their_header(tmp_path, side, monkeypa
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(PictureError, match=r"cannot be decoded" if side == 9_500 else r"bomb\.png: too large"):
+        with pytest.raises(ImageError, match=r"cannot be decoded" if side == 9_500 else r"bomb\.png: too large"):
             read(path)
     assert decoded == ([(side, side)] if side == 9_500 else [])  # 90 million pixels: Pillow would warn
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_a_picture_that_turns_out_larger_than_its_header_says(tmp_path, monkeypatch):
+def test_an_image_that_turns_out_larger_than_its_header_says(tmp_path, monkeypatch):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     load = ImageFile.ImageFile.load
 
@@ -289,8 +287,8 @@ def test_a_picture_that_turns_out_larger_than_its_header_says(tmp_path, monkeypa
         image.im, image._size = image.im.resize((48, 48)), (48, 48)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", grow)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
-    with pytest.raises(PictureError, match=r"too large: 48 x 48 pixels, more than 1000 in all"):
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"too large: 48 x 48 pixels, more than 1000 in all"):
         read(tmp_path / "a.png")
 
 
@@ -319,7 +317,7 @@ def test_whatever_a_decoder_raises_becomes_one_line(tmp_path, monkeypatch, error
         raise error
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    with pytest.raises(PictureError, match=r"a\.png: cannot be decoded: .+") as caught:
+    with pytest.raises(ImageError, match=r"a\.png: cannot be decoded: .+") as caught:
         read(tmp_path / "a.png")
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
@@ -361,7 +359,7 @@ def test_mutated_files_are_read_or_refused_in_silence(tmp_path, capfd):
             message = None
             try:
                 assert read(path).mode == "RGB"
-            except PictureError as error:
+            except ImageError as error:
                 message = str(error)
             outcomes["refused" if message else "read"] += 1
             assert message is None or (message.startswith(f"{path}: ") and "\n" not in message)
@@ -414,7 +412,7 @@ def test_files_are_closed(tmp_path):
     for name in ("a.png", "a.tif", "a.gif", "a.webp", "bad.png"):
         try:
             kept.append(read(tmp_path / name))
-        except PictureError as error:
+        except ImageError as error:
             kept.append(error)
     sha256(tmp_path / "a.png")
     assert os.listdir("/proc/self/fd") == before
@@ -426,7 +424,7 @@ def test_sha256(tmp_path):
     (tmp_path / "b").write_bytes(b"")
     assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
     assert sha256(str(tmp_path / "b")) == hashlib.sha256().hexdigest()
-    with pytest.raises(PictureError, match="no such file"):
+    with pytest.raises(ImageError, match="no such file"):
         sha256(tmp_path / "c")
 
 
@@ -451,16 +449,16 @@ def test_collect(tmp_path):
     assert collect([]) == []
 
 
-def test_collect_refuses_a_folder_without_pictures(tmp_path, monkeypatch):
+def test_collect_refuses_a_folder_without_images(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(PictureError, match="holds no picture files"):
+    with pytest.raises(ImageError, match="holds no image files"):
         collect([tmp_path])
 
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(PictureError, match="cannot be listed: Permission denied"):
+    with pytest.raises(ImageError, match="cannot be listed: Permission denied"):
         collect([tmp_path])
 
 
@@ -528,7 +526,7 @@ def test_the_terminal_is_given_back(tmp_path, capfd):
     data = bytearray((tmp_path / "a.tif").read_bytes())
     data[10:30] = bytes(range(20))
     (tmp_path / "a.tif").write_bytes(data)
-    with contextlib.suppress(PictureError):
+    with contextlib.suppress(ImageError):
         read(tmp_path / "a.tif")
     assert capfd.readouterr().err == ""
     os.write(2, b"heard again")

@@ -1,10 +1,10 @@
-"""What every account of the bench's results has to agree on: which figures there are, how they are named and written.
+"""What the Markdown table and the page share: which results there are, and how they are named and formatted.
 
 The results are the dict that the bench keeps as ``results.json``: ``protocol`` (with ``methods`` and ``metrics`` in the
-order in which they are shown), ``rows`` (a figure for a method and a metric), ``differences`` (method minus TSGB over
-the same images), ``failures``, ``problems`` and ``left_out`` (methods and metrics, each with the reason). A method
-named ``gradcam^2`` is a *control*: the positive part of another method's map to a power, which sharpens or flattens it
-and knows nothing new.
+order in which they are shown), ``rows`` (a figure for a method and a metric), ``differences`` (method minus TSGB
+(fused), over the same images), ``failures``, ``problems`` and ``left_out`` (methods and metrics, each with the reason).
+A method named ``gradcam^2`` is a *control*: the positive part of another method's map to a power. A power sharpens or
+flattens a map and adds no knowledge.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def rows(results: Results, section: Section = "rows") -> dict[tuple[str, str], R
     """Find the figures that are there, by method and metric; a value that is None, NaN or infinite is not.
 
     Example:
-        >>> row = {"method": "tsgb", "metric": "energy", "value": None, "low": None, "high": None, "n": 0}
+        >>> row = {"method": "tsgb-fused", "metric": "energy", "value": None, "low": None, "high": None, "n": 0}
         >>> rows({"rows": [row, {**row, "metric": "pointing", "value": 90.0}]}).keys()
-        dict_keys([('tsgb', 'pointing')])
+        dict_keys([('tsgb-fused', 'pointing')])
     """
     return {(row["method"], row["metric"]): row for row in results.get(section, ()) if _is_number(row["value"])}
 
@@ -119,8 +119,9 @@ def methods(results: Results) -> list[str]:
     """List the methods in the protocol's order, then those that only failed or were left out; no controls.
 
     Example:
-        >>> methods({"protocol": {"methods": {"tsgb": {}, "rise": {}}}, "rows": [], "left_out": {"lrp": "no zennit"}})
-        ['tsgb', 'rise', 'lrp']
+        >>> known = {"tsgb-fused": {}, "rise": {}}
+        >>> methods({"protocol": {"methods": known}, "rows": [], "left_out": {"lrp": "no zennit"}})
+        ['tsgb-fused', 'rise', 'lrp']
     """
     return [name for name in _named(results) if not is_control(name)]
 
@@ -152,7 +153,7 @@ def left_out(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def grids(protocol: Mapping[str, Any]) -> str:
-    """Say how many grids there are of each size, and how sure the network is of their pictures; "" without grids.
+    """Say how many grids there are of each size, and how sure the network is of their images; "" without grids.
 
     Example:
         >>> grids({"grids": {"grid": 48, "grid_3x3": 21}, "confidence": 0.9})
@@ -241,7 +242,7 @@ def absence(results: Results, method: str) -> str | None:
 
 
 def usual_n(results: Results, metric: str, section: Section = "rows") -> int | None:
-    """Find over how many pictures, grids or rounds most of a metric's figures are; None where there is no figure.
+    """Find over how many images, grids or rounds most of a metric's figures are; None where there is no figure.
 
     Example:
         >>> rows = [{"method": name, "metric": "energy", "value": 1.0, "n": n} for name, n in zip("abc", (9, 8, 9))]
