@@ -63,9 +63,9 @@ def competition_gate(evidence: Tensor, requested: int, fusion: Fusion) -> Tensor
         (K, N, *positions), from ``floor`` to 1.
 
     Example:
-        >>> left, right = torch.tensor([[[8.0, 0.0]]]), torch.tensor([[[0.0, 8.0]]])
+        >>> left, right = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
         >>> competition_gate(torch.cat([left, right]), 1, Fusion()).round(decimals=2)
-        tensor([[[0.9900, 0.3100]]])
+        tensor([[[0.9200, 0.3800]]])
         >>> competition_gate(torch.cat([left, 2 * left]), 1, Fusion())
         tensor([[[1., 1.]]])
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class _WithoutHooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad"):
-            return RemovableHandle({})
+            return RemovableHandle(OrderedDict())
         return func(*args, **(kwargs or {}))
 
 
@@ -208,7 +209,8 @@ def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Ru
     assert score is not None
     if source is None and done.score is not None:
         raise targets.TargetError(
-            "target=fn(output) must return scores that depend on the images through torch operators, got constants"
+            f"target=fn(output) must return a floating tensor of shape ({count},), one score an image, got one that "
+            "does not depend on the images through torch operators"
         )
     source = checks.check_source(source, score, count)
     if done.score is None:

@@ -20,6 +20,7 @@ __all__ = [
     "AS_STRIDED",
     "CASTS",
     "CONSTRUCTORS",
+    "CUTTING",
     "FRESH",
     "LEAVING",
     "SCATTER",
@@ -192,6 +193,8 @@ UNINITIALISED = frozenset(
     getattr(aten, name)
     for name in "empty empty_strided empty_permuted empty_like new_empty new_empty_strided resize_".split()
 )
+#: What cuts a tensor off from the image on purpose.
+CUTTING = frozenset({aten.detach})
 #: What torch calls as it makes a tensor of numbers or of an array, and as it gives a tensor's values away.
 FRESH, LEAVING = frozenset({aten.lift_fresh, aten.lift}), frozenset({aten.resolve_neg})
 

@@ -79,6 +79,7 @@ def _parts(value: Any) -> Iterator[Any]:
             yield value.__wrapped__
     elif hasattr(value, "__dict__") and not inspect.ismodule(value):
         yield from vars(value).values()
+        yield from (held for name, held in vars(type(value)).items() if not name.startswith("__"))
         if "__call__" in vars(type(value)):
             yield type(value).__call__
 

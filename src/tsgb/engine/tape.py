@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import Memory, geometry
-from .operators import AS_STRIDED, CASTS, CONSTRUCTORS, FRESH, LEAVING, SCATTER, SPELLINGS, UNINITIALISED, operator_of
+from .operators import AS_STRIDED, CASTS, CONSTRUCTORS, CUTTING, FRESH, LEAVING, SCATTER, SPELLINGS, UNINITIALISED, operator_of
 from .private import share_storage, storage_key
 from .supported import CoverageError, check_deterministic, check_plain, check_supported
 
@@ -147,6 +147,8 @@ class Tape(TorchDispatchMode):
         self._weights = 0  # operators with weights so far
         self._marks: dict[int, _Mark] = {}
         self._constants: dict[int, weakref.ref[Tensor]] = {}
+        self._cut: dict[int, weakref.ref[Tensor]] = {}  # constants that hold values of the image
+        self._raw: dict[int | None, Tensor] = {}  # memory that holds no values yet, by its storage; it lives as long
         self._written: dict[int, tuple[Memory, Tensor]] = {}  # constants that were written to, by their storage
         self._random_states: list[tuple[Callable[[Any], None], Any]] = []
         self._has_left = False  # whether values of the image have left torch, as `Tensor.numpy` lets them
@@ -196,6 +198,7 @@ class Tape(TorchDispatchMode):
         self._marks.clear()
         self._constants.clear()
         self._written.clear()
+        self._raw.clear()
 
     def value_of(self, t: Tensor) -> Value | None:
         """Give what a tensor is on the tape; None for one that does not depend on the image."""
@@ -250,6 +253,11 @@ class Tape(TorchDispatchMode):
             return self._run_constant(func, operator, args, kwargs, constants)
         if operator.packet in LEAVING:
             self._has_left = True
+        if operator.packet in CUTTING:
+            inputs[0].memory.tensors += 1
+            output = func(*args, **kwargs)
+            self._constants[id(output)] = self._cut[id(output)] = weakref.ref(output)
+            return output
         if operator.is_out and operator.functional is not None:
             with self:
                 out = kwargs["out"]
@@ -415,22 +423,34 @@ class Tape(TorchDispatchMode):
 
     def _run_constant(self, func: Any, operator: Any, args: Any, kwargs: Any, constants: list[Tensor]) -> Any:
         """Run an operator that does not depend on the image's values; what it gives is known."""
-        output = func(*args, **kwargs)
         is_known = all(self._is_known(t) for t in constants)
+        written = (constants[0] if operator.writes and constants else kwargs.get("out")) if operator.writes else None
+        if written is not None and operator.packet not in CUTTING:
+            if self._shares_memory(written):
+                raise CoverageError(_UNKNOWN.format(func.name(), "writes on"))
+            is_known = all(self._is_known(t) for t in constants if t is not written)
+            self._has_been_written(written, is_known)
+        output = func(*args, **kwargs)
+        is_cut = any(t is self._cut.get(id(t), _nothing)() for t in constants) if self._cut else False
+        self._has_left |= is_cut and operator.packet in LEAVING
         if operator.packet in FRESH:  # made of numbers, or of an array
             is_known = is_known or not self._has_left or constants[0].dim() == 0
-        if operator.packet in UNINITIALISED and any(t.numel() for t in listed(output)):
-            is_known = False
-        if operator.writes or operator.is_out:
-            written = constants[0] if operator.writes and constants else kwargs.get("out")
-            if not is_known and operator.writes and self._shares_memory(written):
-                raise CoverageError(_UNKNOWN.format(func.name(), "writes on"))
-            is_known = is_known or all(self._is_known(t) for t in constants if t is not written)
-        if is_known:
-            for o in listed(output):
-                if isinstance(o, Tensor):
-                    self._constants[id(o)] = weakref.ref(o)
+        for o in listed(output):
+            if not isinstance(o, Tensor) or o is written:
+                continue
+            if operator.packet in UNINITIALISED and o.numel():
+                self._raw[storage_key(o)] = o
+            elif is_known:
+                self._constants[id(o)] = weakref.ref(o)
+                if is_cut:
+                    self._cut[id(o)] = self._constants[id(o)]
         return output
+
+    def _has_been_written(self, t: Tensor, is_known: bool) -> None:
+        """Take memory that held no values for known, once a call that was seen has written on it."""
+        key = storage_key(t)
+        if is_known and key is not None and key in self._raw:
+            self._before.add(key)
 
     def _is_known(self, t: Tensor) -> bool:
         """Tell whether a constant was there before the forward, or was computed by a call that was seen."""
@@ -449,7 +469,7 @@ class Tape(TorchDispatchMode):
             if t is not written and not self._is_known(t):
                 raise CoverageError(_UNKNOWN.format(func.name(), "meets"))
             if t is written:
-                self._constants[id(t)] = weakref.ref(t)
+                self._has_been_written(t, True)
 
     def _met_random(self, func: Any, args: Any, kwargs: Any, depends: bool) -> None:
         if depends:
@@ -472,6 +492,10 @@ _UNKNOWN = (
     "(it came through NumPy, another thread, or memory written behind torch's back), so it cannot be told whether it "
     "depends on the image: compute it with torch, or register it as a buffer"
 )
+
+
+def _nothing() -> None:
+    return None
 
 
 def listed(output: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .heads import Head, below
-from .kinds import Gradient, Share
+from .kinds import Constant, Gradient, RelevanceRule, Restride, Share
 from .kinds.copying import channels_first, channels_in_place
 from .kinds.gradient import widened
 from .tape import CHANNEL_SUM, GRADIENT, Node, Tape, Value
@@ -64,7 +64,7 @@ def walk(
                 below_node: list[Cotangent | None] = [None] * len(node.inputs)
                 below_node[0] = head.backward(tape, node, given[0], classes, rows)
             elif node in above:
-                below_node = Gradient().backward(tape, node, given)
+                below_node = _own(node).backward(tape, node, given)
             else:
                 below_node = node.rule.backward(tape, node, given)
             for place, (value, g) in enumerate(zip(node.inputs, below_node, strict=True)):
@@ -90,6 +90,11 @@ def walk(
             if image in recorder.sites and g is not None:
                 at_images[place] = recorder.compete(tape, image, g)
     return at_images
+
+
+def _own(node: Node) -> RelevanceRule:
+    """Give the rule that is an operator's own derivative."""
+    return node.rule if isinstance(node.rule, (Constant, Restride)) else Gradient()
 
 
 def _relevance(tape: Tape, value: Value, grads: Tensor) -> list[Term]:
@@ -121,7 +126,7 @@ def gradient_at(tape: Tape, target: Value, source: Value) -> Tensor | None:
     for node in reversed(tape.nodes):
         given = [None if value is None else arrived.pop(value, None) for value in node.outputs if node in nodes]
         if any(g is not None for g in given):
-            for value, g in zip(node.inputs, Gradient().backward(tape, node, given), strict=True):
+            for value, g in zip(node.inputs, _own(node).backward(tape, node, given), strict=True):
                 if g is not None:
                     arrived[value] = add(arrived.get(value), g)
     grads = arrived.get(source)

@@ -105,7 +105,7 @@ _COMMON: Table = {
         "as_strided_scatter copy hstack vstack slice_scatter select_scatter gather take",
         Rule("copy"),
     ),
-    **_each("detach fill", Rule("constant")),
+    **_each("fill", Rule("constant")),
     **_each("cat concat concatenate", Rule("concatenate")),
     **_each("max_pool2d", Rule("max_pool")),
     **_each("mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", Rule("mean")),

@@ -110,7 +110,7 @@ class Same(RelevanceRule):
 
 
 class Constant(RelevanceRule):
-    """What is cut off from its input on purpose, by ``detach``, or overwritten."""
+    """What is overwritten by a constant: nothing is given to what was there."""
 
     def paths(self, node: Node) -> list[Value]:
         return []

@@ -41,10 +41,10 @@ class Pass(RelevanceRule):
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
         x, out = node.inputs[self.signal], node.output
-        if out.shape != x.shape:
-            return replay(Gradient(), tape, node, tensors, output)
-        out.needs, out.channel_dim, out.is_positive = x.needs, x.channel_dim, self.is_positive(node)
-        if x.needs == GRADIENT:
+        out.is_positive = self.is_positive(node)
+        if out.shape == x.shape:
+            out.needs, out.channel_dim = x.needs, x.channel_dim
+        if x.needs == GRADIENT or out.shape != x.shape:
             for value, tensor in zip(node.inputs, tensors, strict=True):
                 tape.keep(value, tensor)
         return None
@@ -60,9 +60,14 @@ class Pass(RelevanceRule):
         return given
 
     def gradient(self, tape: Tape, node: Node, grads: Tensor) -> Tensor:
-        """Where a gradient is needed below: ``grad * o / x``, 0 where x is 0."""
+        """Where a gradient is needed below: ``grad * o / x``, 0 where x is 0, summed where x is broadcast."""
         x = widened(tape.get(node.inputs[self.signal]))
-        return grads * torch.where(x == 0, 0, self.slope(tape, node, x))
+        if grads.shape[1:] == x.shape:
+            return grads * torch.where(x == 0, 0, self.slope(tape, node, x))
+        relevance = grads * widened(listed(node.run(tape.get))[0])
+        ones = (1,) * (relevance.dim() - 1 - x.dim())
+        summed = relevance.sum_to_size(len(grads), *ones, *x.shape).reshape(len(grads), *x.shape)
+        return torch.where(x == 0, 0, summed / torch.where(x == 0, 1, x))
 
     def slope(self, tape: Tape, node: Node, x: Tensor) -> Tensor:
         """``o / x`` where x is not 0, finite."""
@@ -77,7 +82,7 @@ class Shift(Pass):
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
         other = super().record(tape, node, tensors, output)
         x, out = node.inputs[self.signal], node.output
-        if other is None and x.needs != GRADIENT and x.may_be_zero is not False:
+        if out.needs != GRADIENT and x.may_be_zero is not False:
             zeros_of = x.may_be_zero if isinstance(x.may_be_zero, Tensor) else tensors[self.signal]
             node.saved, out.needs = channels_first(x, (zeros_of != 0)[None])[0], PER_CHANNEL
         return other
@@ -129,7 +134,7 @@ class Gate(Pass):
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
         other = super().record(tape, node, tensors, output)
-        if other is None and len(node.inputs) == 1 and node.inputs[0].may_be_zero is False:
+        if node.output.needs != GRADIENT and len(node.inputs) == 1 and node.inputs[0].may_be_zero is False:
             factor = self.factor
             node.output.may_be_zero = factor.expand(node.output.shape) if isinstance(factor, Tensor) else factor == 0
         return other
