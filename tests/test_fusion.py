@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsgb.fusion import Fusion, competition_gate, fuse_depths, fused_map
 
-SMALL = Fusion(side=6, reach=1.3, radius=2)
+SMALL = Fusion(side=6, octaves=3, reach=1.3, radius=2)
 CASES = {
     "1d": ([(5,), (9,), (30,)], (23,), 3),
-    "2d": ([(3, 3), (6, 6), (12, 12), (13, 12)], (11, 11), 3),
+    "2d": ([(1, 2), (2, 2), (4, 4), (6, 6), (12, 12), (13, 12)], (11, 11), 3),
     "one position": ([(1, 1), (3, 3)], (9, 9), 1),
     "wide": ([(2, 4), (4, 8), (8, 16)], (10, 20), 2),
     "five channels": ([(3, 3), (7, 7)], (8, 8), 5),
@@ -77,8 +77,9 @@ def slow_depths(fields, image, fusion):
     grid = [max(1, round(n * scale)) for n in size]
     octaves = {}
     for field in fields:
-        octave = max(0, round(math.log2(math.prod(grid) / field.size) / len(grid)))
+        octave = max(0, math.ceil(math.log2(math.prod(grid) / field.size) / len(grid)))
         octaves[octave] = octaves.get(octave, 0) + slow_resized(field, grid) * field.size
+    octaves = {octave: octaves[octave] for octave in sorted(octaves)[-fusion.octaves :]}
     if max(field.max() for field in octaves.values()) <= 0:
         return -slow_depths([-field for field in fields], image, fusion)
     total = over_largest(sum(over_largest(field) for field in octaves.values()))
@@ -183,7 +184,7 @@ def test_the_map_is_its_formula(case, sign):
 def test_every_number_counts():
     fields, evidence, image = draw(*CASES["2d"])
     before = fused_map(fields, evidence, image, SMALL)
-    for name in ("side", "halo", "reach", "radius", "noise"):
+    for name in ("side", "octaves", "halo", "reach", "radius", "noise"):
         changed = fused_map(fields, evidence, image, replace(SMALL, **{name: getattr(SMALL, name) * 2}))
         assert (changed - before).abs().max() > 1e-4 * before.abs().max(), name
     rows = torch.randn(6, 1, 3, 3)

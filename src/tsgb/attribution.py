@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +36,7 @@ def explain(
 ) -> Explanation:
     """Explain a convolutional network's output: which pixels of each image speak for each target.
 
-    map = the relevance of all depths (see `tsgb.rules.depths`); under `PIXELS` and `PAPER` the sum over channels of
+    map = the relevance of all depths, fused (see `tsgb.fusion`); under `PIXELS` and `PAPER` the sum over channels of
     image * gradient, where the gradient is TSGB's. One forward and one backward for all targets. The model is only
     read: its modules, hooks, flags, weights, ``.grad``, mode and the random state are the same afterwards. Safe in
     threads that share a model.
@@ -48,9 +47,9 @@ def explain(
             tuple where the model takes several inputs, all of which are explained.
         target: None for the predicted class; an int for all images; a list or tensor of N ints; K for each image as (N,
             K); a class name where the model has ``names``; "top5"; or ``fn(output) -> (N,)``.
-        rules: a table, `tsgb.rules.DEFAULT`, `PIXELS`, `PAPER` or one of your own.
+        rules: a table, `tsgb.rules.FUSED`, `PIXELS`, `PAPER` or one of your own; or "fused", "pixels", "paper".
         f: how much of the evidence for the target the evidence against it is to balance, 0..1; None takes the table's.
-            `DEFAULT` has none.
+            `FUSED` has none.
         forward_kwargs: what else the model's forward takes. Tensors of length N count as one row an image.
         batch_size: images that go through the model at once; None takes all.
         strict: raise where a weighted or curved operator met no rule.
@@ -199,11 +198,9 @@ def part(done: Pass, info: RunInfo, inputs: tuple[Tensor, ...], request: Request
     checks.check_values(None if -1 in done.targets else done.logits, done.relevance)
     missed = sorted({operator for operator, rule, _ in info.coverage if rule is None})
     if request.strict and missed:
-        hidden = any(re.search(r"Backward\d*$", name) for name in missed)
         raise CoverageError(
             f"strict: no rule for {', '.join(missed)}; give one as rules={{**tsgb.rules.FUSED, operator: rule}}, "
             "rule(grad, x, *args, **kwargs) -> grad_x, or tsgb.rules.ORDINARY to keep its own gradient on purpose"
-            + ("; what is named ...Backward ran in an autograd.Function, which no rule reaches" if hidden else "")
         )
     return Part(
         relevance=[values.transpose(0, 1).contiguous() for values in done.relevance],
@@ -290,6 +287,6 @@ def _reason(info: RunInfo, inputs: tuple[Tensor, ...], n: int, is_reached: bool,
     balanced = "; or the evidence for and against, which f = 1 balances, meets in one position: give f=0.75"
     return (
         "no feature with evidence at the head is connected to a pixel that is not zero: the features there are all 0 "
-        "(a dead ReLU, or pictures that are not prepared as the model was trained), or what they see of the image is"
+        "(a dead ReLU, or images that are not prepared as the model was trained), or what they see of the image is"
         f"{balanced if info.f == 1 else ''}"
     )

@@ -129,7 +129,7 @@ def check_mode(model: Any) -> None:
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
-        if not module.training:
+        if not getattr(module, "training", False):  # which a frozen script lacks
             continue
         rate = getattr(module, "p", getattr(module, "drop_prob", 1.0))
         random = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in _STOCHASTIC_DEPTH
@@ -160,7 +160,9 @@ def check_source(source: Any, score: Tensor, count: int) -> Any:
             "NumPy or another thread, or is a constant"
         )
     if score.dim() == 2 and len(score) != count:
-        raise targets.TargetError(f"the model must return one row of logits an image, {count}, got {tuple(score.shape)}")
+        raise targets.TargetError(
+            f"the model must return one row of logits an image, {count}, got {tuple(score.shape)}"
+        )
     return source
 
 

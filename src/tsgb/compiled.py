@@ -72,7 +72,7 @@ class CompiledExplainer:
 
     @property
     def graph(self) -> GraphModule:
-        """The graph that was traced last: from images, and class indices (N, K) if it takes any, to what `explain` knows.
+        """The graph that was traced last: from images, and class indices (N, K) if any, to what `explain` knows.
 
         It is made of ATen operators, holds the model's weights, and returns the maps (K, N, ...) of each input, the
         targets (N, K), whether any gradient arrived at the head (K, N), and the logits.

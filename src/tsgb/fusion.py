@@ -33,9 +33,10 @@ class Fusion:
     alike: float = 0.6  # the correlation of evidence from which a class is a sibling, no rival at all
     floor: float = 0.3  # the share that a class keeps where a rival claims everything
     side: int = 64  # the resolution at which depths are fused
+    octaves: int = 4  # how many depths are fused: the coarsest octaves of the fields' sizes
     halo: float = 0.2  # the height of the halo around the evidence, relative to the peak
     reach: float = 8.0  # the standard deviation of the halo
-    radius: int = 6  # the radius of the guided filter's window
+    radius: int = 5  # the radius of the guided filter's window
     noise: float = 0.02  # the guided filter's epsilon: variances of the image below it count as noise
 
 
@@ -139,10 +140,11 @@ def fuse_depths(fields: Sequence[Tensor], image: Tensor, fusion: Fusion) -> Tens
         map = max(guided(v), min(v, 0)), times 1 + max(t, 0)
 
     The grid has about ``side ** d`` positions for d spatial dimensions, in the image's aspect ratio. Octave s holds the
-    sizes that are nearest to the grid's divided by 2 ** s; octave 0 also holds all finer sizes. ``G`` is a Gaussian of
-    the standard deviation ``reach``, of positive values alone. The guided filter moves the map's borders to those of
-    the image, but levels its peak, which the last factor restores (on the grid). Where no field of a class is positive,
-    the formula is applied to the negated fields, and the map negated.
+    sizes from 1 / 2 ** s of the grid's to below twice that, octave 0 all that are as fine as the grid or finer. The
+    coarsest ``octaves`` of them count. ``G`` is a Gaussian of the standard deviation ``reach``, of positive values
+    alone. The guided filter moves the map's borders to those of the image, but levels its peak, which the last factor
+    restores (on the grid). Where no field of a class is positive, the formula is applied to the negated fields, and the
+    map negated.
 
     Sources: the mean over depths is the project's own; He, Sun, Tang, "Guided image filtering", IEEE TPAMI 2013.
 
@@ -178,9 +180,9 @@ def _octaves(fields: Sequence[Tensor], image: Tensor, fusion: Fusion) -> Tensor:
     octaves: dict[int, list[Tensor]] = {}
     for positions, same in by_size.items():
         finer = math.prod(positions) / math.prod(grid)
-        octave = max(0, round(-math.log2(finer) / len(grid)))
+        octave = max(0, math.ceil(-math.log2(finer) / len(grid)))
         octaves.setdefault(octave, []).append(_resized(_total(same), grid) * finer)
-    return torch.stack([_total(same) for same in octaves.values()])
+    return torch.stack([_total(octaves[octave]) for octave in sorted(octaves)[-fusion.octaves :]])
 
 
 def _fused(octaves: Tensor, image: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:

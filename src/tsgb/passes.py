@@ -199,8 +199,8 @@ def backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Run
 def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, RunInfo]:
     tape, count = done.tape, len(done.inputs[0])
     table, rows, unit = request.table, None, None
-    if done.score is not None:
-        score, source = done.score, done.score_value
+    score, source = done.score, done.score_value
+    if score is not None:
         indices = torch.full((count, 1), -1)
     else:
         if done.logits is None:
@@ -222,7 +222,8 @@ def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Ru
         counted = _counted(done) if table.get(rule_tables.FUSION) else None
         if counted is not None:
             score, source, weights = done.logits, done.logits_value, counted
-            assert score is not None and source is not None
+            assert score is not None
+            assert source is not None
             unit = weights.abs().amax(2)  # so that what competes is in logits
             seeds = weights / unit.clamp(min=_NOTHING)[:, :, None]
     head = Head(tape, source, head_rules(table), table[rule_tables.F] if request.f is None else request.f)
@@ -232,8 +233,9 @@ def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Ru
     step = max(1, _AT_ONCE // max(1, done.inputs[0].numel()))
     for start in range(0, len(seeds), step):
         part = slice(start, start + step)
-        is_last = start + step >= len(seeds)
-        parts.append(_together(request, done, head, score, seeds[part], None if rows is None else rows[part], is_last))
+        frees = start + step >= len(seeds)
+        chunk = seeds[part], None if rows is None else rows[part]
+        parts.append(_backward_chunk(request, done, head, score, *chunk, frees))
     maps = [torch.cat(column) for column in zip(*(found for found, _, _ in parts), strict=True)]
     if unit is not None:
         maps = [values * unit.to(values.device).reshape(*unit.shape, *(1,) * (values.dim() - 2)) for values in maps]
@@ -243,8 +245,8 @@ def _backward(request: Request, target: Target, done: Forward) -> tuple[Pass, Ru
     return found, RunInfo(info, above, f, all(is_fused for _, _, is_fused in parts))
 
 
-def _together(
-    request: Request, done: Forward, head: Head, score: Tensor, seeds: Tensor, rows: Tensor | None, is_last: bool
+def _backward_chunk(
+    request: Request, done: Forward, head: Head, score: Tensor, seeds: Tensor, rows: Tensor | None, frees: bool
 ) -> tuple[list[Tensor], Tensor, bool]:
     """Explain classes that go backward together: maps of each input (K, N, *), what arrived, and whether all depths."""
     tape, count, classes = done.tape, len(done.inputs[0]), len(seeds)
@@ -261,7 +263,7 @@ def _together(
         if not recorder.plan(head):
             recorder, seeds, rows = None, seeds[:classes], None if rows is None else rows[:classes]
         tape.recorder = recorder
-    arrived_at = walk(tape, head.target, seeds.to(_wide(seeds.dtype)), head, classes, rows, frees=is_last)
+    arrived_at = walk(tape, head.target, seeds.to(_wide(seeds.dtype)), head, classes, rows, frees)
     arrived = head.arrivals(classes, count)
     fused = None
     if recorder is not None and numbers is not None and len(done.inputs) == 1:
@@ -271,9 +273,8 @@ def _together(
                 "fused map: give it one image"
             )
         fused = fusion.fused_map(recorder.fields, recorder.evidence, done.inputs[0], numbers, request.per_channel)
-    maps = [fused] if fused is not None else [
-        _relevance(x, given, classes, request.per_channel) for x, given in zip(done.inputs, arrived_at, strict=True)
-    ]
+    pairs = zip(done.inputs, arrived_at, strict=True)
+    maps = [fused] if fused is not None else [_relevance(x, g, classes, request.per_channel) for x, g in pairs]
     if recorder is not None:  # of a class that nothing arrives of, what all classes share is no evidence
         maps = [torch.where(_like(arrived.to(values.device), values), values, 0) for values in maps]
     return maps, arrived, fused is not None
@@ -359,7 +360,7 @@ def raise_understood(error: Exception, model: Callable[..., Any], images: Sequen
     text = str(error)
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     held = next((p for p in weights if p.is_floating_point()), None)
-    if "does not require grad" in text or "requires_grad" in text and "autograd.grad" in text:
+    if "does not require grad" in text or ("requires_grad" in text and "autograd.grad" in text):
         raise CoverageError(
             "the model differentiates inside its forward (torch.autograd.grad, backward), where no graph is built: "
             "explain the part of it that runs forward alone"

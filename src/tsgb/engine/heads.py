@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from .kinds.sharing import times
 from .private import is_traced
 from .supported import CoverageError
 from .tape import GRADIENT, Node, Tape, Value, replaced
-
-if TYPE_CHECKING:
-    from ..rules.tables import Table
 
 __all__ = ["Head", "below"]
 
@@ -87,9 +84,9 @@ class Head:
                 f"the rules know (seen: {names})"
             )
         for node in (*self.nodes, *self.above):
-            for value in node.outputs:
-                if value is not None:
-                    value.needs = GRADIENT
+            for out in node.outputs:
+                if out is not None:
+                    out.needs = GRADIENT
         self.inputs = [value for node in self.nodes for value in node.inputs[:1]]
         self.weighted_below = [v.node for v in below(self.inputs, _is_weighted) if _is_weighted(v)]
         hidden = any(isinstance(node.rule, HiddenLayer) for node in self.weighted_below if node is not None)
@@ -143,10 +140,10 @@ class Head:
         if x.dim() == 1:
             grads, features = grads[:, None], features[None]
         if is_linear or "transpose" not in node.name:
-            grads, args = _restricted(grads, args, is_linear, classes if node.output is self.target else None)
+            grads, args = _restricted(grads, args, is_linear, classes * count if node.output is self.target else None)
         f = float(self.f or 0)
         if features.dim() == 2:
-            flat = rule(grads.flatten(0, 1), features.repeat(len(grads), 1), *args, f=f)
+            flat: Tensor = rule(grads.flatten(0, 1), features.repeat(len(grads), 1), *args, f=f)
             found = flat.reshape(len(grads), *features.shape)
         else:
             found = torch.stack([rule(grad, features, *args, f=f) for grad in grads])
@@ -168,8 +165,8 @@ def check_positions(tape: Tape) -> None:
     Raises:
         CoverageError: no operator with weights acts on the positions of a map.
     """
-    if any(node.is_weighted and not isinstance(node.rule, HiddenLayer) and node.packet is not aten.linear
-           for node in tape.nodes):
+    weighted = [node for node in tape.nodes if node.is_weighted and node.packet is not aten.linear]
+    if any(not isinstance(node.rule, HiddenLayer) for node in weighted):
         return
     names = ", ".join(sorted({node.name for node in tape.nodes}))
     raise CoverageError(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 if TYPE_CHECKING:
     from .tape import Value
 
 __all__ = ["Geometry", "Memory", "geometry"]
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int | SymInt]
 
 
 def geometry(t: Tensor) -> Geometry:

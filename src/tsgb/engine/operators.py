@@ -64,6 +64,7 @@ class Twin:
         self._schema = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the function."""
         return self._function(*args, **kwargs)
 
     def name(self) -> str:
@@ -130,7 +131,7 @@ def _without_out(overload: Any, count: int) -> Any:
 
 
 def _convolution(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, is_transposed: bool,
-                 output_padding: Any, groups: int, *flags: Any) -> Any:
+                 output_padding: Any, groups: int, *flags: Any) -> Any:  # fmt: skip
     dims = weight.dim() - 2
     if is_transposed:
         packets = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
@@ -179,20 +180,17 @@ SPELLINGS: dict[Any, Callable[..., Any]] = {
 }
 
 #: Operators that read the shape of a tensor alone.
-CONSTRUCTORS = frozenset(
-    getattr(aten, name)
-    for name in (
-        "empty_like new_empty new_empty_strided zeros_like ones_like full_like new_zeros new_ones new_full rand_like "
-        "randn_like randint_like"
-    ).split()
-)
+CONSTRUCTORS = frozenset({
+    aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.zeros_like, aten.ones_like, aten.full_like,
+    aten.new_zeros, aten.new_ones, aten.new_full, aten.rand_like, aten.randn_like, aten.randint_like,
+})  # fmt: skip
 #: What autocast calls to change the type of a tensor.
 CASTS = frozenset({aten.to, aten._to_copy})
 #: Operators whose result holds no values yet.
-UNINITIALISED = frozenset(
-    getattr(aten, name)
-    for name in "empty empty_strided empty_permuted empty_like new_empty new_empty_strided resize_".split()
-)
+UNINITIALISED = frozenset({
+    aten.empty, aten.empty_strided, aten.empty_permuted, aten.empty_like, aten.new_empty, aten.new_empty_strided,
+    aten.resize_,
+})  # fmt: skip
 #: What cuts a tensor off from the image on purpose.
 CUTTING = frozenset({aten.detach})
 #: What torch calls as it makes a tensor of numbers or of an array, and as it gives a tensor's values away.
@@ -214,7 +212,9 @@ _SYNONYMS = {
     torch.special.expit: aten.sigmoid,
 }
 # Functions of torch that bear an operator's name, and run others.
-_SPELLED_OUT = {"softsign", "local_response_norm", "normalize", "interpolate", "upsample", "multi_head_attention_forward"}
+_SPELLED_OUT = {
+    "softsign", "local_response_norm", "normalize", "interpolate", "upsample", "multi_head_attention_forward",
+}  # fmt: skip
 
 
 def packet_of(key: Any) -> Any:

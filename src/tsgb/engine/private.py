@@ -28,13 +28,13 @@ def can_decompose(operator: Any) -> bool:
 
 def share_storage(one: Tensor, other: Tensor) -> bool:
     """Tell whether two tensors lie in the same memory; alias annotations of schemas do not say."""
-    return torch._C._is_alias_of(one, other)
+    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
 
 
 def storage_key(tensor: Tensor) -> int | None:
     """Identify the memory of a tensor while it lives; None for a tensor without memory of its own."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 

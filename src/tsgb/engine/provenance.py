@@ -8,17 +8,112 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .operators import CUTTING, FRESH, LEAVING, UNINITIALISED, Operator
 from .private import storage_key
+from .supported import CoverageError
 
-__all__ = ["storages_before"]
+__all__ = ["Constants", "storages_before"]
 
 _DEPTH = 4  # of containers and objects in one another
+
+
+class Constants:
+    """The tensors of one forward that do not depend on the image, as far as that is known.
+
+    Args:
+        before: the memory of tensors that were there before, see `storages_before`.
+
+    Attributes:
+        has_left: whether values of the image have left torch, as ``Tensor.numpy`` and ``tolist`` let them.
+    """
+
+    def __init__(self, before: set[int]) -> None:
+        self.has_left = False
+        self._before: set[int | None] = {*before}
+        self._known: dict[int, weakref.ref[Tensor]] = {}  # results of calls that were seen
+        self._cut: dict[int, weakref.ref[Tensor]] = {}  # those that hold values of the image, cut off by ``detach``
+        self._exported: set[int | None] = set()  # memory that NumPy was given, and may write on
+        self._uninitialised: dict[int | None, Tensor] = {}  # memory that holds no values yet
+
+    def run(self, func: Any, operator: Operator, args: Any, kwargs: Any, constants: Sequence[Tensor]) -> Any:
+        """Run an operator on constants; what it gives is known if they are."""
+        written = None if not operator.writes else kwargs["out"] if operator.is_out else args[0]
+        is_known = all(self.is_known(t) for t in constants if t is not written or operator.packet in CUTTING)
+        if is_known and operator.packet not in CUTTING:
+            self._has_written(written)
+        output = func(*args, **kwargs)
+        is_cut = bool(self._cut) and any(self._is_cut(t) for t in constants)
+        if operator.packet in LEAVING:
+            self.has_left |= is_cut
+            self._exported.update(key for t in constants if (key := storage_key(t)) not in self._before)
+        if operator.packet in FRESH:  # made of numbers, or of an array
+            is_known = is_known or not self.has_left or constants[0].dim() == 0
+        for o in output if isinstance(output, (list, tuple)) else [output]:
+            if not isinstance(o, Tensor) or o is written:
+                continue
+            if operator.packet in UNINITIALISED and o.numel():
+                self._uninitialised[storage_key(o)] = o
+            elif is_known:
+                self._known[id(o)] = weakref.ref(o)
+                if is_cut:
+                    self._cut[id(o)] = self._known[id(o)]
+        return output
+
+    def cut(self, t: Tensor) -> Tensor:
+        """Take what was cut off from the image on purpose for a constant."""
+        self._known[id(t)] = self._cut[id(t)] = weakref.ref(t)
+        return t
+
+    def is_known(self, t: Tensor) -> bool:
+        """Tell whether a tensor was there before the forward, or was computed by a call that was seen."""
+        key = storage_key(t)
+        if isinstance(t, nn.Parameter) or key in self._before:
+            return True
+        known = self._known.get(id(t))
+        return known is not None and known() is t and key not in self._exported
+
+    def check(self, func: Any, constants: Sequence[Tensor], written: Any) -> None:
+        """Refuse constants that are not known where they meet a value; what is written becomes known.
+
+        Raises:
+            CoverageError: says where such tensors come from, and what to do.
+        """
+        if not all(self.is_known(t) for t in constants if t is not written):
+            raise CoverageError(_UNKNOWN.format(func.name(), "meets"))
+        self._has_written(written)
+
+    def check_write(self, func: Any, written: Tensor, is_shared: Callable[[Tensor], bool]) -> None:
+        """Refuse a write on a constant that lies in the memory of a value.
+
+        Raises:
+            CoverageError: as `check`.
+        """
+        if is_shared(written):
+            raise CoverageError(_UNKNOWN.format(func.name(), "writes on"))
+
+    def _has_written(self, t: Any) -> None:
+        """Take memory that held no values for known, once a call that was seen has written on it."""
+        if isinstance(t, Tensor) and (key := storage_key(t)) in self._uninitialised:
+            self._before.add(key)
+
+    def _is_cut(self, t: Tensor) -> bool:
+        cut = self._cut.get(id(t))
+        return cut is not None and cut() is t
+
+
+_UNKNOWN = (
+    "the model's {} {} a tensor that was neither there before the forward nor computed by torch operators in this "
+    "thread (it came through NumPy, another thread, or memory written behind torch's back), so it cannot be told "
+    "whether it depends on the image: compute it with torch, or register it as a buffer"
+)
+_PLAIN = (str, bytes, int, float, bool, torch.dtype, torch.device, type, type(None))  # holds no tensor
 
 
 def storages_before(model: Callable[..., Any], *more: Any) -> set[int]:
@@ -35,9 +130,7 @@ def storages_before(model: Callable[..., Any], *more: Any) -> set[int]:
 def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif value is None or isinstance(value, (str, bytes, int, float, bool, torch.dtype, torch.device, type)):
-        return
-    elif id(value) in seen or depth < 0:
+    elif isinstance(value, _PLAIN) or id(value) in seen or depth < 0:
         return
     elif isinstance(value, torch.jit.ScriptModule):
         seen.add(id(value))
@@ -100,7 +193,7 @@ def _is_filled(cell: Any) -> bool:
 
 def _traced_constants(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
     """Give the tensors that a trace has written into its graph."""
-    graph = module.inlined_graph  # nodes live as long as it does
+    graph: Any = module.inlined_graph  # nodes live as long as it does
     for node in graph.findAllNodes("prim::Constant", recurse=True):
         if node.hasAttribute("value") and node.kindOf("value") == "t":
             yield node.t("value")

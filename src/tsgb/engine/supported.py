@@ -19,9 +19,7 @@ class CoverageError(RuntimeError):
 _ATTENTION = re.compile(r"attention|transformer_encoder")
 _RECURRENT = re.compile(r"(^|_)(lstm|gru|rnn)(_|$)")
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "mm", "addmm", "addbmm", "einsum", "inner", "tensordot", "linear"})
-_GO_ON = (
-    "To go on all the same, give it a rule: rules={{**tsgb.rules.FUSED, torch.ops.{}: tsgb.rules.ORDINARY}}"
-)
+_GO_ON = "To go on all the same, give it a rule: rules={{**tsgb.rules.FUSED, torch.ops.{}: tsgb.rules.ORDINARY}}"
 
 
 def check_supported(overload: Any, args: Any, kwargs: Any, signals: int) -> None:

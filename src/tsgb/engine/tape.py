@@ -17,8 +17,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .memory import Memory, geometry
-from .operators import AS_STRIDED, CASTS, CONSTRUCTORS, CUTTING, FRESH, LEAVING, SCATTER, SPELLINGS, UNINITIALISED, operator_of
+from .operators import (
+    AS_STRIDED,
+    CASTS,
+    CONSTRUCTORS,
+    CUTTING,
+    LEAVING,
+    SCATTER,
+    SPELLINGS,
+    operator_of,
+)
 from .private import share_storage, storage_key
+from .provenance import Constants
 from .supported import CoverageError, check_deterministic, check_plain, check_supported
 
 if TYPE_CHECKING:
@@ -50,8 +60,8 @@ class Value:
 
     def __init__(self, node: Node | None, index: int, o: Tensor, memory: Memory | None) -> None:
         self.node, self.index, self.shape, self.dtype, self.device = node, index, o.shape, o.dtype, o.device
-        self.needs, self.channel_dim = GRADIENT, 1
-        self.is_positive, self.may_be_zero = False, True
+        self.needs, self.channel_dim, self.is_positive = GRADIENT, 1, False
+        self.may_be_zero: bool | Tensor = True
         self.tensor: Tensor | None = None
         self.keepers = self.readers = 0
         self.memory = memory if memory is not None else Memory(self, o)
@@ -74,7 +84,7 @@ class Value:
 class Node:
     """One operator that ran; its arguments have values in the places of tensors that depend on the image."""
 
-    __slots__ = ("args", "above_weights", "inputs", "is_weighted", "kwargs", "op", "outputs", "rule", "saved")
+    __slots__ = ("above_weights", "args", "inputs", "is_weighted", "kwargs", "op", "outputs", "rule", "saved")
 
     def __init__(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], inputs: list[Value], rule: Any) -> None:
         self.op, self.args, self.kwargs, self.inputs = op, args, kwargs, inputs
@@ -116,7 +126,7 @@ class LayoutError(Exception):
     """The model writes on a view, or reads strides, of tensors that lie in memory as the caller did not lay them."""
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records a forward; enter it within `private.below_autograd`.
 
     Args:
@@ -136,22 +146,18 @@ class Tape(TorchDispatchMode):
     def __init__(
         self, rules: Mapping[Any, RelevanceRule], weighted: Container[Any], default: RelevanceRule, before: set[int]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rules, self.weighted, self.default = rules, weighted, default
         self.nodes: list[Node] = []
         self.images: list[Value] = []
         self.in_target = self.is_relaid = False
         self.refusal: Exception | None = None
         self.recorder: FieldRecorder | None = None
-        self._before = before
+        self.constants = Constants(before)
         self._weights = 0  # operators with weights so far
         self._marks: dict[int, _Mark] = {}
-        self._constants: dict[int, weakref.ref[Tensor]] = {}
-        self._cut: dict[int, weakref.ref[Tensor]] = {}  # constants that hold values of the image
-        self._raw: dict[int | None, Tensor] = {}  # memory that holds no values yet, by its storage; it lives as long
         self._written: dict[int, tuple[Memory, Tensor]] = {}  # constants that were written to, by their storage
         self._random_states: list[tuple[Callable[[Any], None], Any]] = []
-        self._has_left = False  # whether values of the image have left torch, as `Tensor.numpy` lets them
 
     # ---- values and their tensors
 
@@ -196,9 +202,8 @@ class Tape(TorchDispatchMode):
             image.tensor = image.memory = None  # type: ignore[assignment]
         self.nodes.clear()
         self._marks.clear()
-        self._constants.clear()
+        self.constants = Constants(set())
         self._written.clear()
-        self._raw.clear()
 
     def value_of(self, t: Tensor) -> Value | None:
         """Give what a tensor is on the tape; None for one that does not depend on the image."""
@@ -246,18 +251,19 @@ class Tape(TorchDispatchMode):
         recorded = self._values_of(args, inputs, tensors, constants)
         recorded_kwargs = kwargs
         if kwargs:
-            recorded_kwargs = dict(zip(kwargs, self._values_of(kwargs.values(), inputs, tensors, constants), strict=True))
+            named = self._values_of(kwargs.values(), inputs, tensors, constants)
+            recorded_kwargs = dict(zip(kwargs, named, strict=True))
         if operator.is_random:
             self._met_random(func, args, kwargs, bool(inputs) and operator.packet not in CONSTRUCTORS)
         if not inputs or operator.packet in CONSTRUCTORS:
-            return self._run_constant(func, operator, args, kwargs, constants)
+            if operator.writes and operator.packet not in CUTTING:
+                self.constants.check_write(func, kwargs["out"] if operator.is_out else args[0], self._shares_memory)
+            return self.constants.run(func, operator, args, kwargs, constants)
         if operator.packet in LEAVING:
-            self._has_left = True
+            self.constants.has_left = True
         if operator.packet in CUTTING:
             inputs[0].memory.tensors += 1
-            output = func(*args, **kwargs)
-            self._constants[id(output)] = self._cut[id(output)] = weakref.ref(output)
-            return output
+            return self.constants.cut(func(*args, **kwargs))
         if operator.is_out and operator.functional is not None:
             with self:
                 out = kwargs["out"]
@@ -281,7 +287,7 @@ class Tape(TorchDispatchMode):
                 with self:
                     return func.decompose(*args, **kwargs)
             rule = self.default
-        self._check_constants(func, constants, args[0] if operator.writes else None)
+        self.constants.check(func, constants, args[0] if operator.writes else None)
         node = Node(operator.functional, recorded, recorded_kwargs, inputs, rule)
         if self.is_relaid and func is AS_STRIDED:
             raise LayoutError
@@ -299,7 +305,8 @@ class Tape(TorchDispatchMode):
         for index, o in enumerate(listed(output)):
             value = None
             if isinstance(o, Tensor):
-                memory = next((m for m, x in zip(memories, tensors, strict=True) if o is x or share_storage(o, x)), None)
+                pairs = zip(memories, tensors, strict=True)
+                memory = next((m for m, x in pairs if o is x or share_storage(o, x)), None)
                 value = Value(node, index, o, memory)
                 if memory is not None:
                     memory.tensors += 1
@@ -321,8 +328,8 @@ class Tape(TorchDispatchMode):
         """Record an operator that writes on its first argument: what that held stays a value of its own."""
         if node.op is None:
             raise CoverageError(
-                f"the model calls {func.name()}, which writes on several tensors at once, or on another than its first: "
-                "write its operations one by one"
+                f"the model calls {func.name()}, which writes on several tensors at once, or on another than its "
+                "first: write its operations one by one"
             )
         t: Tensor = args[0]
         memory = self._memory_of(t)
@@ -419,57 +426,13 @@ class Tape(TorchDispatchMode):
             return False
         return torch.get_autocast_dtype(device) in args[1:]
 
-    # ---- constants
+    # ---- what does not depend on the image
 
-    def _run_constant(self, func: Any, operator: Any, args: Any, kwargs: Any, constants: list[Tensor]) -> Any:
-        """Run an operator that does not depend on the image's values; what it gives is known."""
-        is_known = all(self._is_known(t) for t in constants)
-        written = (constants[0] if operator.writes and constants else kwargs.get("out")) if operator.writes else None
-        if written is not None and operator.packet not in CUTTING:
-            if self._shares_memory(written):
-                raise CoverageError(_UNKNOWN.format(func.name(), "writes on"))
-            is_known = all(self._is_known(t) for t in constants if t is not written)
-            self._has_been_written(written, is_known)
-        output = func(*args, **kwargs)
-        is_cut = any(t is self._cut.get(id(t), _nothing)() for t in constants) if self._cut else False
-        self._has_left |= is_cut and operator.packet in LEAVING
-        if operator.packet in FRESH:  # made of numbers, or of an array
-            is_known = is_known or not self._has_left or constants[0].dim() == 0
-        for o in listed(output):
-            if not isinstance(o, Tensor) or o is written:
-                continue
-            if operator.packet in UNINITIALISED and o.numel():
-                self._raw[storage_key(o)] = o
-            elif is_known:
-                self._constants[id(o)] = weakref.ref(o)
-                if is_cut:
-                    self._cut[id(o)] = self._constants[id(o)]
-        return output
-
-    def _has_been_written(self, t: Tensor, is_known: bool) -> None:
-        """Take memory that held no values for known, once a call that was seen has written on it."""
+    def _shares_memory(self, t: Tensor) -> bool:
+        """Tell whether a constant lies in the memory of a value."""
         key = storage_key(t)
-        if is_known and key is not None and key in self._raw:
-            self._before.add(key)
-
-    def _is_known(self, t: Tensor) -> bool:
-        """Tell whether a constant was there before the forward, or was computed by a call that was seen."""
-        known = self._constants.get(id(t))
-        if isinstance(t, torch.nn.Parameter) or (known is not None and known() is t):
-            return True
-        return storage_key(t) in self._before
-
-    def _shares_memory(self, t: Any) -> bool:
-        key = storage_key(t) if isinstance(t, Tensor) else None
         live = (mark.tensor() for mark in self._marks.values())
         return key is not None and any(storage_key(known) == key for known in live if known is not None)
-
-    def _check_constants(self, func: Any, constants: list[Tensor], written: Any) -> None:
-        for t in constants:
-            if t is not written and not self._is_known(t):
-                raise CoverageError(_UNKNOWN.format(func.name(), "meets"))
-            if t is written:
-                self._has_been_written(t, True)
 
     def _met_random(self, func: Any, args: Any, kwargs: Any, depends: bool) -> None:
         if depends:
@@ -477,7 +440,7 @@ class Tape(TorchDispatchMode):
             check_deterministic(func, {**dict(zip(names, args, strict=False)), **kwargs})
         if not self._random_states:
             self._random_states.append((torch.set_rng_state, torch.get_rng_state()))
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
+            if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 self._random_states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
 
     def restore_random_state(self) -> None:
@@ -487,15 +450,6 @@ class Tape(TorchDispatchMode):
 
 
 _EXACT = 8  # operators with weights that run in float32 under autocast
-_UNKNOWN = (
-    "the model's {} {} a tensor that was neither there before the forward nor computed by torch operators in this thread "
-    "(it came through NumPy, another thread, or memory written behind torch's back), so it cannot be told whether it "
-    "depends on the image: compute it with torch, or register it as a buffer"
-)
-
-
-def _nothing() -> None:
-    return None
 
 
 def listed(output: Any) -> list[Any]:
@@ -518,4 +472,3 @@ def replaced(args: Any, tensor_of: Callable[[Value], Tensor], constant: Callable
 
 def _fits(output: Any, t: Tensor) -> bool:
     return isinstance(output, Tensor) and output.shape == t.shape and output.dtype == t.dtype
-

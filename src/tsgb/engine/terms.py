@@ -28,8 +28,8 @@ class Dense:
 class Factored:
     """``factor * base``: what differs by class times what all classes share, (N, C, *).
 
-    The factor is a field (K, N, 1, *); then ``total`` (N, 1, *) is the base's sum over the channels, and the base may be
-    None where no more is needed. Or the factor weighs each channel, (K, N, C, 1, ...); then ``total`` is None.
+    The factor is a field (K, N, 1, *); then ``total`` (N, 1, *) is the base's sum over the channels, and the base may
+    be None where no more is needed. Or the factor weighs each channel, (K, N, C, 1, ...); then ``total`` is None.
     """
 
     factor: Tensor
@@ -111,7 +111,8 @@ def add(one: Cotangent | None, other: Cotangent) -> Cotangent:
     if one is None:
         return other
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        assert isinstance(one, Tensor) and isinstance(other, Tensor)
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
         return one + other
     joined = list(one)
     for term in other:

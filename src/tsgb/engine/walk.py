@@ -48,7 +48,7 @@ def walk(
     recorder = tape.recorder
     heads, above = (set(head.nodes), set(head.above)) if head is not None else (set(), set())
     arrived: dict[Value, Cotangent] = {target: seeds}
-    read: dict[Value, Cotangent] = {}
+    read: dict[Value | None, Cotangent] = {}
     for node in reversed(tape.nodes):
         given = [None if value is None else arrived.pop(value, None) for value in node.outputs]
         if any(g is not None for g in given):
@@ -79,9 +79,9 @@ def walk(
                 arrived[value] = add(arrived.get(value), g)
         if frees:
             node.saved = None
-            for value in node.outputs:
-                if value is not None:
-                    value.tensor = None  # every operator that read it lies behind
+            for out in node.outputs:
+                if out is not None:
+                    out.tensor = None  # every operator that read it lies behind
     if until is not None:
         return [read.get(value) for value in until]
     at_images = [arrived.get(image) for image in tape.images]
@@ -121,8 +121,8 @@ def gradient_at(tape: Tape, target: Value, source: Value) -> Tensor | None:
             if value is not source and value not in seen:
                 seen.add(value)
                 ahead.append(value)
-    like = tape.get(target)
-    arrived: dict[Value, Cotangent] = {target: torch.ones(1, *target.shape, dtype=widened(like).dtype, device=like.device)}
+    like = widened(tape.get(target))
+    arrived: dict[Value, Cotangent] = {target: torch.ones(1, *target.shape, dtype=like.dtype, device=like.device)}
     for node in reversed(tape.nodes):
         given = [None if value is None else arrived.pop(value, None) for value in node.outputs if node in nodes]
         if any(g is not None for g in given):
@@ -173,7 +173,7 @@ class FieldRecorder:
 
     @property
     def evidence(self) -> Tensor | None:
-        """The evidence for each class that passed the gates, and that against it, (2, K, N); None where none was met."""
+        """The evidence for each class that passed the gates, and that against it, (2, K, N); None if none was met."""
         if self._is_apart or not self._evidence:
             return None
         return torch.stack([passed.to(self._evidence[0].device) for passed in self._evidence]).sum(0)
@@ -252,9 +252,9 @@ def competition_sites(head: Head) -> list[Value]:
         return sites
     ends = {v for v in below(head.inputs) if v.node is None}
     for candidate in below(head.inputs):
-        if candidate.node is not None and _has_positions(candidate):
-            if not ends & set(below(head.inputs, lambda v, c=candidate: v is c)):  # type: ignore[misc]
-                return [candidate]
+        around = below(head.inputs, lambda v, c=candidate: v is c)  # type: ignore[misc]
+        if candidate.node is not None and _has_positions(candidate) and not ends & set(around):
+            return [candidate]
     return [v for v in ends if len(ends) == 1 and _has_positions(v)]
 
 

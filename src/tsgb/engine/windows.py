@@ -125,7 +125,8 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
 def _every(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
     """Give ``count`` positions along a dimension, from ``start`` on, every ``step``-th."""
     x = x.narrow(dim, start, (count - 1) * step + 1)
-    return x if step == 1 else x[(..., slice(None, None, step), *(slice(None),) * (-1 - dim))]
+    every: tuple[Any, ...] = (..., slice(None, None, step), *(slice(None),) * (-1 - dim))
+    return x if step == 1 else x[every]
 
 
 def _add_up(parts: Sequence[Tensor]) -> Tensor:
@@ -136,8 +137,7 @@ def _add_up(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _spread_along(x: Tensor, dim: int, k: int, step: int, dilation: int, before: int, size: int) -> Tensor:
-    """Add k copies of x up along a dimension, the j-th at every ``step``-th position from ``j * dilation - before`` on."""
-    after = max(0, size + before - x.shape[dim])
+    """Add up k copies of x along a dimension, the j-th at every ``step``-th position from ``j * dilation - before``."""
     rest = [0, 0] * (-1 - dim)
     if step == 1:
         reach = dilation * (k - 1)

@@ -1,7 +1,7 @@
 """The formula sheet of TSGB: one function per operator, in the symbols of docs/method.md.
 
-Source: L. Cheng, P. Fang, Y. Liang, L. Zhang, C. Shen, H. Wang, "TSGB: Target-Selective Gradient Backprop for Probing CNN
-Visual Saliency", IEEE Transactions on Image Processing 31 (2022), 2529-2540, arXiv 2110.05182.
+Source: L. Cheng, P. Fang, Y. Liang, L. Zhang, C. Shen, H. Wang, "TSGB: Target-Selective Gradient Backprop for Probing
+CNN Visual Saliency", IEEE Transactions on Image Processing 31 (2022), 2529-2540, arXiv 2110.05182.
 
 The *relevance* of a tensor is tensor * gradient, elementwise. Most rules of TSGB say in relevance what is done with it,
 and need no formula: it passes, is copied, or is shared in proportion (`tsgb.engine.kinds`). What is here are the rules

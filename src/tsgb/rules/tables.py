@@ -97,8 +97,8 @@ _COMMON: Table = {
     ),
     **_each("permute transpose t numpy_T", Rule("permute")),
     **_each(
-        "slice select split split_with_sizes chunk tensor_split unbind narrow index index_select diagonal unfold expand "
-        "expand_as repeat repeat_interleave tile constant_pad_nd pad reflection_pad1d reflection_pad2d "
+        "slice select split split_with_sizes chunk tensor_split unbind narrow index index_select diagonal unfold "
+        "expand expand_as repeat repeat_interleave tile constant_pad_nd pad reflection_pad1d reflection_pad2d "
         "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d flip roll rot90 pixel_shuffle "
         "pixel_unshuffle channel_shuffle im2col upsample_nearest1d upsample_nearest2d upsample_nearest3d "
         "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d stack as_strided "
@@ -123,13 +123,14 @@ _COMMON: Table = {
     **_each("sigmoid hardsigmoid softplus exp log sqrt rsqrt neg reciprocal log_sigmoid", Rule("elementwise")),
     **_each(
         "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d max_pool3d max_pool1d_with_indices "
-        "max_pool2d_with_indices max_pool3d_with_indices softmax _softmax log_softmax _log_softmax where maximum minimum max min amax amin masked_fill cumsum lerp "
-        "grid_sampler_2d grid_sampler_3d grid_sampler col2im var std var_mean std_mean norm linalg_vector_norm logsumexp "
-        "nanmean cosine_similarity pairwise_distance cdist _cdist_forward dist mse_loss l1_loss smooth_l1_loss huber_loss "
-        "kl_div binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss index_put masked_scatter "
-        "scatter scatter_add sort topk dropout alpha_dropout feature_dropout feature_alpha_dropout glu dot mv sign round "
-        "floor ceil trunc eq ne lt le gt ge argmax argmin logical_not logical_and logical_or bitwise_not item isnan "
-        "isfinite any all nonzero count_nonzero special_logit logit",
+        "max_pool2d_with_indices max_pool3d_with_indices softmax _softmax log_softmax _log_softmax where maximum "
+        "minimum max min amax amin masked_fill cumsum lerp grid_sampler_2d grid_sampler_3d grid_sampler col2im var std "
+        "var_mean std_mean norm linalg_vector_norm logsumexp nanmean cosine_similarity pairwise_distance cdist "
+        "_cdist_forward dist mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy "
+        "binary_cross_entropy_with_logits cosine_embedding_loss index_put masked_scatter scatter scatter_add sort topk "
+        "dropout alpha_dropout feature_dropout feature_alpha_dropout glu dot mv sign round floor ceil trunc eq ne lt "
+        "le gt ge argmax argmin logical_not logical_and logical_or bitwise_not item isnan isfinite any all nonzero "
+        "count_nonzero special_logit logit",
         ORDINARY,
     ),
 }

@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..tape import CHANNEL_SUM, GRADIENT, PER_CHANNEL
-from ..terms import ChannelSum, Cotangent, Dense, Factored, channel_sum, dense
+from ..terms import ChannelSum, Cotangent, Dense, Factored, Term, channel_sum, dense
 from .gradient import Gradient, RelevanceRule, replay, vjp
 
 if TYPE_CHECKING:
     from ..tape import Node, Tape, Value
 
-__all__ = ["Concatenate", "Constant", "Copy", "MaxPool", "Permute", "Reshape", "Restride", "Same", "channels_first", "channels_in_place"]
+__all__ = [
+    "Concatenate", "Constant", "Copy", "MaxPool", "Permute", "Reshape", "Restride", "Same", "channels_first",
+    "channels_in_place",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -36,6 +39,7 @@ class Copy(RelevanceRule):
     """Views, slices, padding, flips, repeats: the operator's own derivative, of relevance too."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Say what the outputs need: a gradient where images are mixed or an input needs one, else each channel."""
         if not all(value.dtype.is_floating_point for value in node.inputs):  # indices, which are no blanks
             return replay(Gradient(), tape, node, tensors, output)
         outputs = [value for value in node.outputs if value is not None]
@@ -54,8 +58,9 @@ class Copy(RelevanceRule):
         return any(len(v.shape) < 2 or v.shape[0] != node.inputs[0].shape[0] for v in outputs)
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Give each input what arrives at its elements."""
         rows = [
-            g if g is None or isinstance(g, Tensor) else channels_in_place(v, dense(g))
+            None if v is None or g is None else g if isinstance(g, Tensor) else channels_in_place(v, dense(g))
             for v, g in zip(node.outputs, arrived, strict=True)
         ]
         given = self._back(node, rows)
@@ -81,6 +86,7 @@ class Reshape(Copy):
     """All elements, in their order: views, other types, other devices."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep what is known of the input where the shape stays, else find the channels again."""
         x, out = node.inputs[-1], node.output
         if x.shape == out.shape:
             out.needs, out.is_positive, out.may_be_zero = x.needs, x.is_positive, x.may_be_zero
@@ -99,13 +105,15 @@ class Same(RelevanceRule):
     """The same tensor: what arrives goes on, on the input's device."""
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Give the last input what arrives, moved to its device."""
         x, out, given = node.inputs[-1], node.output, arrived[0]
         if x.device != out.device and given is not None:
-            if not isinstance(given, Tensor):
-                given = [ChannelSum(channel_sum(given))] if x.needs == CHANNEL_SUM else [Dense(dense(given))]
-                given = [type(given[0])(given[0].values.to(x.device))]  # type: ignore[union-attr,call-arg,list-item]
-            else:
+            if isinstance(given, Tensor):
                 given = given.to(x.device)
+            elif x.needs == CHANNEL_SUM:
+                given = [ChannelSum(channel_sum(given).to(x.device))]
+            else:
+                given = [Dense(dense(given).to(x.device))]
         return [*[None] * (len(node.inputs) - 1), given]
 
 
@@ -113,12 +121,15 @@ class Constant(RelevanceRule):
     """What is overwritten by a constant: nothing is given to what was there."""
 
     def paths(self, node: Node) -> list[Value]:
+        """List no input."""
         return []
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep nothing."""
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Give no input anything."""
         return [None] * len(node.inputs)
 
 
@@ -133,6 +144,7 @@ class Permute(Copy):
     """Exchanged dimensions; where only the channels move, relevance stays as it is."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Find where the channels went; where nothing else moved, relevance stays as it is."""
         x, out, count = node.inputs[0], node.output, len(node.inputs[0].shape)
         places = _order(node, count)
         if places is None:
@@ -170,6 +182,7 @@ class Concatenate(Copy):
     """Tensors side by side along their channels: each is given its own."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Ask for each channel where tensors lie side by side along the channels; elsewhere the operator is a copy."""
         out, dim = node.output, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         is_whole = len(node.inputs) == len(node.args[0]) and len(out.shape) > 2 and dim % len(out.shape) == 1
         if not is_whole or any(v.needs == GRADIENT or v.channel_dim != 1 for v in node.inputs):
@@ -180,11 +193,13 @@ class Concatenate(Copy):
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
-        (terms,), given, start = arrived, [], 0
+        """Cut each term into the channels of each input."""
+        (terms,), start = arrived, 0
+        given: list[Cotangent | None] = []
         assert isinstance(terms, list)
         for value in node.inputs:
             channels = slice(start, start := start + value.shape[1])
-            own: list[Any] = []
+            own: list[Term] = []
             for term in terms:
                 if not isinstance(term, Factored):
                     own.append(Dense(dense([term])[:, :, channels]))
@@ -203,22 +218,25 @@ class MaxPool(Copy):
     """Max pooling in two dimensions: relevance goes to where the maximum was."""
 
     def run(self, node: Node, args: Any, kwargs: Any) -> Any:
+        """Run the pooling, and save where the maxima were."""
         geometry = _geometry(node)
         output, places = aten.max_pool2d_with_indices(args[0], *geometry)
         node.saved = geometry, places
         return output
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
-        x, out = node.inputs[0], node.output
+        """Save the memory format beside the places of the maxima."""
+        x, out, t = node.inputs[0], node.output, tensors[0]
         if x.needs == GRADIENT or len(x.shape) != 4 or x.channel_dim != 1:
             node.saved = None
             return replay(Gradient(), tape, node, tensors, output)
-        is_last = tensors[0].is_contiguous(memory_format=torch.channels_last) and not tensors[0].is_contiguous()
-        node.saved = (*node.saved, torch.channels_last if is_last else torch.contiguous_format)
+        is_channels_last = t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        node.saved = (*node.saved, torch.channels_last if is_channels_last else torch.contiguous_format)
         out.needs, out.is_positive, out.may_be_zero = PER_CHANNEL, x.is_positive, x.may_be_zero is not False
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Scatter relevance to where the maxima were."""
         (terms,), (x,), (geometry, places, form) = arrived, node.inputs, node.saved
         assert isinstance(terms, list)
         fields = [(t.factor, t.base) for t in terms if isinstance(t, Factored) and t.total is not None]
@@ -259,18 +277,15 @@ def _scatter_fields(field: Tensor, base: Tensor, places: Tensor, geometry: Any, 
     For each offset in the window, which channels had their maximum there is the same for all classes.
     """
     kernel, stride, padding, dilation, _ = geometry
-    rows, columns = (
-        torch.arange(places.shape[2 + d], device=places.device) * stride[d] - padding[d] for d in (0, 1)
-    )
+    rows, columns = (torch.arange(places.shape[2 + d], device=places.device) * stride[d] - padding[d] for d in (0, 1))
     shares = []
     for i, j in product(range(kernel[0]), range(kernel[1])):
         here = (rows[:, None] + i * dilation[0]) * size[1] + columns + j * dilation[1]
         shares.append((base * (places == here)).sum(1))
     products = field.squeeze(2).unsqueeze(2) * torch.stack(shares, 1)  # (K, N, offsets, *out)
-    reach = [(places.shape[2 + d] - 1) * stride[d] + dilation[d] * (kernel[d] - 1) + 1 for d in (0, 1)]
+    reach = tuple((places.shape[2 + d] - 1) * stride[d] + dilation[d] * (kernel[d] - 1) + 1 for d in (0, 1))
     count, images = products.shape[:2]
     spread = functional.fold(products.flatten(3).flatten(0, 1), reach, kernel, dilation, 0, stride)
     ends = [(-padding[d], size[d] - reach[d] + padding[d]) for d in (1, 0)]
     spread = functional.pad(spread, [*ends[0], *ends[1]])
     return spread.reshape(count, images, 1, *size)
-

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ..memory import Memory
     from ..tape import Node, Tape, Value
 
-__all__ = ["Elementwise", "Formula", "Gradient", "Guided", "RelevanceRule", "replay", "schema_arguments", "vjp", "widened"]
+__all__ = [
+    "Elementwise", "Formula", "Gradient", "Guided", "RelevanceRule", "replay", "schema_arguments", "vjp", "widened",
+]  # fmt: skip
 
 
 class RelevanceRule:
@@ -99,7 +101,7 @@ def vjp(
         )
         for k in range(len(pairs[0][1]))
     ]
-    columns = (None if row[0] is None else row[0][None] if len(row) == 1 else torch.stack(row) for row in zip(*rows))
+    columns = (None if r[0] is None else r[0][None] if len(r) == 1 else torch.stack(r) for r in zip(*rows, strict=True))
     by_value: dict[Value, Tensor | None] = {v: next(columns) if x.requires_grad else None for v, x in leaves.items()}
     return [by_value.pop(value, None) for value in node.inputs]  # the first place of a value has all of it
 
@@ -111,11 +113,13 @@ class Gradient(RelevanceRule):
         self.name = name
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep all inputs."""
         for value, x in zip(node.inputs, tensors, strict=True):
             tape.keep(value, x)
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Multiply what arrives by the operator's derivative."""
         return list(vjp(node, [tape.get(value) for value in node.inputs], arrived))  # type: ignore[arg-type]
 
 
@@ -123,6 +127,7 @@ class Elementwise(Gradient):
     """The derivative of what acts on each element by itself: one serves all classes."""
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Multiply the gradient of each class by one slope."""
         (grads,) = arrived
         assert isinstance(grads, Tensor)
         if len(node.inputs) > 1 or node.inputs[0].shape != grads.shape[1:]:
@@ -135,6 +140,7 @@ class Guided(Elementwise):
     """Guided backprop: what arrives is rectified before the operator's own derivative."""
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Clamp what arrives at 0, and multiply it by the derivative."""
         return super().backward(tape, node, [g.clamp(min=0) if isinstance(g, Tensor) else g for g in arrived])
 
 
@@ -145,8 +151,8 @@ class Formula(Gradient):
 
     Args:
         rule: takes the operator's other arguments by name, those that it has parameters for.
-        key: of a caller's table, which tells how they are passed by position: as the torch function has them; or, for an
-            operator, as its schema has them, with defaults filled in.
+        key: of a caller's table, which tells how they are passed by position: as the torch function has them; or, for
+            an operator, as its schema has them, with defaults filled in.
     """
 
     def __init__(self, rule: Callable[..., Tensor], name: str | None = None, key: Any = None) -> None:
@@ -156,6 +162,7 @@ class Formula(Gradient):
         self._order = _parameters(key)[0] if inspect.isfunction(key) else []
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep the inputs, and the output where the rule has a parameter ``o``."""
         if not node.args or node.args[0] is not node.inputs[0]:
             return replay(Gradient(None), tape, node, tensors, output)
         super().record(tape, node, tensors, output)
@@ -164,6 +171,7 @@ class Formula(Gradient):
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Apply the rule to the gradient of each class."""
         grads, x = arrived[0], widened(tape.get(node.inputs[0]))
         assert isinstance(grads, Tensor)
         args, kwargs = self._arguments(tape, node)

@@ -37,9 +37,11 @@ class Pass(RelevanceRule):
         self.name, self.signal = name, signal
 
     def paths(self, node: Node) -> list[Value]:
+        """List the signal alone."""
         return [node.inputs[self.signal]]
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Ask for what the signal needs, and keep the inputs where that is a gradient."""
         x, out = node.inputs[self.signal], node.output
         out.is_positive = self.is_positive(node)
         if out.shape == x.shape:
@@ -54,6 +56,7 @@ class Pass(RelevanceRule):
         return False
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Give the signal all that arrives; `gradient` changes gradients."""
         given: list[Cotangent | None] = [None] * len(node.inputs)
         first = arrived[0]
         given[self.signal] = self.gradient(tape, node, first) if isinstance(first, Tensor) else first
@@ -80,6 +83,7 @@ class Shift(Pass):
     """A constant added or subtracted, a norm: relevance passes but where the input is 0 by itself."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Save where the signal is not 0, if it may be 0 by itself."""
         other = super().record(tape, node, tensors, output)
         x, out = node.inputs[self.signal], node.output
         if out.needs != GRADIENT and x.may_be_zero is not False:
@@ -88,6 +92,7 @@ class Shift(Pass):
         return other
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Give the signal what arrives, but nothing where it is 0."""
         if node.saved is None:
             return super().backward(tape, node, arrived)
         given: list[Cotangent | None] = [None] * len(node.inputs)
@@ -101,6 +106,7 @@ class Activation(Pass):
     """An elementwise function with act(0) = 0; others keep their own derivative."""
 
     def may_overwrite(self, node: Node, memory: Memory) -> bool:
+        """Allow a write where relevance passes, and nothing needs the input but a sum that a ReLU may rectify."""
         x = node.inputs[0]
         if x.needs == GRADIENT or not _keeps_zero(node):
             return False
@@ -109,11 +115,13 @@ class Activation(Pass):
         return all(value is x and is_sum and x.keepers == 1 for value in memory.holders())
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep what any signal keeps; where act(0) is not 0, the operator has its own derivative."""
         if len(node.inputs) > 1 or not _keeps_zero(node):
             return replay(Elementwise(), tape, node, tensors, output)
         return super().record(tape, node, tensors, output)
 
     def is_positive(self, node: Node) -> bool:
+        """Tell whether the function is a ReLU, or clips at 0 from below."""
         least = node.args[1] if node.packet in (aten.hardtanh, aten.clamp) and len(node.args) > 1 else None
         return node.packet in (aten.relu, aten.relu6) or least == 0
 
@@ -133,6 +141,7 @@ class Gate(Pass):
         self.factor = factor
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Note a constant factor, whose zeros are those of the output."""
         other = super().record(tape, node, tensors, output)
         if node.output.needs != GRADIENT and len(node.inputs) == 1 and node.inputs[0].may_be_zero is False:
             factor = self.factor
@@ -140,6 +149,7 @@ class Gate(Pass):
         return other
 
     def gradient(self, tape: Tape, node: Node, grads: Tensor) -> Tensor:
+        """Multiply gradients by the operator's derivative at the signal."""
         (given, *_) = vjp(node, [tape.get(value) for value in node.inputs], [grads])[self.signal :]
         assert given is not None
         return given
@@ -156,13 +166,14 @@ class Product(RelevanceRule):
         self.has_gates = has_gates
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Choose the rule: constant factors and gates pass relevance, a product of equals keeps its own derivative."""
         if len(node.inputs) == 1:
             is_factor = node.args[0] is node.inputs[0] and node.inputs[0].needs != GRADIENT
             factor = node.args[1] if len(node.args) > 1 and node.packet is aten.mul else 1.0
             return replay(Gate("ordinary", 0, factor) if is_factor else Gradient(), tape, node, tensors, output)
         signal = None
         if self.has_gates and not tape.in_target and len(node.inputs) == 2:
-            signal = 0 if node.packet is aten.div else signal_of(*node.inputs, *tensors)
+            signal = 0 if node.packet is aten.div else signal_of(node.inputs[0], node.inputs[1], *tensors)
         rule = Gradient() if signal is None else Gate("gate", signal, 1.0)
         return replay(rule, tape, node, tensors, output)
 
@@ -229,4 +240,3 @@ def _keeps_zero(node: Node) -> bool:
 def _is_zero_at_zero(op: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> bool:
     with untraced():
         return not op(torch.zeros(1), *args, **dict(kwargs)).any()
-

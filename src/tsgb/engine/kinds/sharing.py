@@ -37,15 +37,18 @@ class HiddenLayer(Gradient):
         super().__init__("linear")
 
     def paths(self, node: Node) -> list[Value]:
+        """List the input alone, not weights that depend on the image."""
         return node.inputs[:1]
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep weights that depend on the image, and the input where it is needed."""
         for place, (value, x) in enumerate(zip(node.inputs, tensors, strict=True)):
             if place or node.packet is not aten.linear or value.needs != GRADIENT:
                 tape.keep(value, x)
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Multiply what arrives by the weights, and give nothing to weights that depend on the image."""
         others: list[Cotangent | None] = [None] * (len(node.inputs) - 1)  # weights that depend on the image are held
         if node.packet is aten.linear and isinstance(arrived[0], Tensor):
             weight = node.args[1]
@@ -75,9 +78,11 @@ class Share(RelevanceRule):
         self.name, self.merges_groups, self.checks_zeros = name, merges_groups, checks_zeros
 
     def paths(self, node: Node) -> list[Value]:
+        """List the input alone, not weights that depend on the image."""
         return node.inputs[:1]
 
     def run(self, node: Node, args: Any, kwargs: Any) -> Any:
+        """Run the operator; on a CPU, rearrange a small input rather than large weights."""
         x, weight = args[0], args[1]
         if node.packet is aten.conv2d and x.dim() == 4 and x.device.type == "cpu" and not x.is_contiguous():
             stride = _pairs(args[3] if len(args) > 3 else 1)
@@ -87,6 +92,7 @@ class Share(RelevanceRule):
         return node.op(*args, **kwargs)
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Save the windows and the channel sum of ``|x|``, and keep the input where its channels are needed."""
         x, out, t = node.inputs[0], node.output, tensors[0]
         weight, bias, groups, windows = _geometry(node)
         if node.args[0] is not x:
@@ -102,9 +108,9 @@ class Share(RelevanceRule):
         out.channel_dim, out.may_be_zero = channel_dim, False
         out.needs = CHANNEL_SUM if fields == 1 else PER_CHANNEL
         is_other = x.needs != GRADIENT and x.channel_dim != channel_dim
-        alive = None
+        nonzero_mask = None
         if self._may_be_zero(weight, bias, groups, is_merged=fields < groups):
-            alive, out.needs = channels_first(out, (output != 0)[None])[0], PER_CHANNEL
+            nonzero_mask, out.needs = channels_first(out, (output != 0)[None])[0], PER_CHANNEL
             out.may_be_zero = False
         total = None
         if fields == 1:
@@ -113,15 +119,17 @@ class Share(RelevanceRule):
             total = total.movedim(channel_dim, 1)
         if fields > 1 or x.needs != CHANNEL_SUM:
             tape.keep(x, t)
-        node.saved = windows, size, fields, total, alive, bias is not None, groups == images, is_other
+        node.saved = windows, size, fields, total, nonzero_mask, bias is not None, groups == images, is_other
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Divide what arrives by the sum of each window, spread it over the window, and multiply it by ``|x|``."""
         x, others, (terms,) = node.inputs[0], [None] * (len(node.inputs) - 1), arrived
-        windows, size, fields, total, alive, has_bias, is_whole, is_other = node.saved
+        windows: Windows | _TransposedWindows
+        windows, size, fields, total, nonzero_mask, has_bias, is_whole, is_other = node.saved
         assert isinstance(terms, list)
-        if alive is not None:
-            terms = [Dense(dense(terms) * alive)]
+        if nonzero_mask is not None:
+            terms = [Dense(dense(terms) * nonzero_mask)]
         note = tape.recorder.record if tape.recorder is not None and is_whole and node in tape.recorder.nodes else None
         if fields > 1:
             return [self._by_group(tape, node, terms, note), *others]

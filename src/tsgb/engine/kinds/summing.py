@@ -14,7 +14,6 @@ from ..terms import ChannelSum, Cotangent, Dense, Factored, Term, channel_sum, d
 from .copying import channels_first, channels_in_place
 from .gradient import Elementwise, Gradient, RelevanceRule, replay, vjp, widened
 from .passing import Shift, comes_from
-from .sharing import HiddenLayer
 
 if TYPE_CHECKING:
     from ..memory import Memory
@@ -40,6 +39,7 @@ class Sum(RelevanceRule):
         self.has_shifts = has_shifts
 
     def may_overwrite(self, node: Node, memory: Memory) -> bool:
+        """Allow a write on the first branch where nothing else needs what lies there."""
         return self._is_of_branches(node) and not memory.holders()
 
     @staticmethod
@@ -51,6 +51,7 @@ class Sum(RelevanceRule):
         return a is not b and is_alike and GRADIENT not in (a.needs, b.needs)
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep the second branch and the sum; choose another rule for a sum with a constant."""
         if self._is_of_branches(node):
             (a, b), out = node.inputs, node.output
             out.needs, out.channel_dim = PER_CHANNEL, a.channel_dim
@@ -68,6 +69,7 @@ class Sum(RelevanceRule):
         return replay(rule, tape, node, tensors, output)
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Split what arrives into the shares of both branches."""
         (a, b), (terms,), out = node.inputs, arrived, node.output
         assert isinstance(terms, list)
         operand, o = (channels_first(v, widened(tape.get(v))[None])[0] for v in (b, out))
@@ -87,8 +89,8 @@ class Sum(RelevanceRule):
         if rest:
             values = dense(rest)
             mine = values * share
-            for terms_of, half, is_sum in zip(given, (values - mine, mine), needs_sum, strict=True):
-                terms_of.append(ChannelSum(half.sum(2, keepdim=True)) if is_sum else Dense(half))
+            for terms_of, part, is_sum in zip(given, (values - mine, mine), needs_sum, strict=True):
+                terms_of.append(ChannelSum(part.sum(2, keepdim=True)) if is_sum else Dense(part))
         return list(given)
 
 
@@ -151,6 +153,7 @@ class Average(Gradient):
     """
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep the input."""
         x, out = node.inputs[0], node.output
         if x.needs == GRADIENT or len(node.inputs) > 1 or len(out.shape) != len(x.shape) or len(x.shape) < 3:
             return replay(Gradient(), tape, node, tensors, output)
@@ -159,6 +162,7 @@ class Average(Gradient):
         return None
 
     def backward(self, tape: Tape, node: Node, arrived: list[Cotangent | None]) -> list[Cotangent | None]:
+        """Give each element its share of the relevance, ``x * op^T(R / o)``."""
         (x,), (terms,), out = node.inputs, arrived, node.output
         assert isinstance(terms, list)
         t = widened(tape.get(x))
@@ -173,6 +177,7 @@ class Mean(Average):
     """The mean over all positions: its gradient weighs each channel, ``R = grad / positions * x``."""
 
     def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Keep the input; a mean over some of the positions is an average."""
         x, out, count = node.inputs[0], node.output, len(node.inputs[0].shape)
         if node.packet is aten.mean:
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
