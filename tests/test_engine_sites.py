@@ -251,7 +251,7 @@ def test_the_map_sums_to_the_evidence_that_passed():
 def test_numbers_of_the_fusion_are_those_of_the_table():
     model, x = chain(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
     expected = tsgb.explain(model, x, 1, rules=FUSED).maps
-    for change in ({"alike": -0.9}, {"temperature": 1.0}, {"floor": 0.1}, {"halo": 0.0}, {"rivals": 1}):
+    for change in ({"alike": 2.0}, {"floor": 0.1}, {"halo": 0.0}, {"reach": 2.0}, {"radius": 2}, {"rivals": 1}):
         table = {**FUSED, rules.FUSION: replace(Fusion(), **change)}
         assert relative(tsgb.explain(model, x, 1, rules=table).maps, expected) > 1e-6, change
 

@@ -72,7 +72,7 @@ PENDING = {
 }
 
 #: Pages with longer lines, to become fewer.
-LONG_PAGES = {"hardening", "notebook", "results", "speed", "zoo", "callers"}
+LONG_PAGES = {"notebook", "results"}
 
 
 def files(places):

@@ -196,7 +196,9 @@ def _fused(octaves: Tensor, image: Tensor, fusion: Fusion) -> tuple[Tensor, Tens
     value = total.add(around, alpha=fusion.halo)
     image = image.to(value.dtype)
     image = image if image.shape[1] <= 2 * fusion.radius + 1 else image.mean(1, keepdim=True)
-    planes = torch.cat([_guided_filter_fit(value, image, fusion), value.clamp(max=0)[None]]) * (1 + positive)
+    middle, spread, colors = _standardized(_resized(image, total.shape[2:]))
+    image = (image - middle) / spread
+    planes = torch.cat([_guided_filter_fit(value, colors, fusion), value.clamp(max=0)[None]]) * (1 + positive)
     chunk = max(1, _CHUNK // math.prod((len(image), *image.shape[2:])))
     return torch.cat([_guided_filter_apply(part, image) for part in torch.split(planes, chunk, 1)]), flip
 
@@ -205,17 +207,17 @@ def _total(maps: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(maps)).sum(0) if len(maps) > 1 else maps[0]
 
 
-def _guided_filter_fit(maps: Tensor, image: Tensor, fusion: Fusion) -> Tensor:
-    """In each window, fit the map by a linear function of the image's channels: (1 + C, K, N, *grid).
+def _guided_filter_fit(maps: Tensor, colors: Tensor, fusion: Fusion) -> Tensor:
+    """In each window, fit the maps (K, N, *grid) by a linear function of the image's channels, standardized.
 
     ::
 
         a_w = (cov_w(I) + noise)^-1 cov_w(I, map)        b_w = mean_w(map) - a_w . mean_w(I)
 
-    I is each channel less its mean, over its standard deviation. Returned are the means over the windows that hold a
-    position of b_w, then of a_w for each channel, both in terms of the channels as they are.
+    Returned are the means over the windows that hold a position, of b_w, then of a_w for each channel of the image
+    (N, C, *grid): (1 + C, K, N, *grid).
     """
-    middle, spread, colors = (x.transpose(0, 1) for x in _standardized(_resized(image, maps.shape[2:])))
+    colors = colors.transpose(0, 1)
     count, targets = len(colors), torch.cat([colors, maps])
     box = _windows(maps, lambda x: (x / (fusion.radius + 0.5)).clamp(-1, 1))
     means, products = _smoothed(torch.cat([targets[None], colors[:, None] * targets]), box).tensor_split([1])
@@ -227,13 +229,11 @@ def _guided_filter_fit(maps: Tensor, image: Tensor, fusion: Fusion) -> Tensor:
         system = system.addcmul((system[:, i] - unit[:, i])[:, None], pivot, value=-1)
     slopes = system[:, count:]
     offset = means[:, count:] - (slopes * means[0, :count, None]).sum(0)
-    offset, slopes = _smoothed(torch.cat([offset, slopes]), box).tensor_split([1])
-    slopes = slopes / spread[:, None]
-    return torch.cat([offset - (slopes * middle[:, None]).sum(0), slopes])
+    return _smoothed(torch.cat([offset, slopes]), box)
 
 
 def _guided_filter_apply(planes: Tensor, image: Tensor) -> Tensor:
-    """Apply the fit to the image at full size, and bound the result below by the last plane."""
+    """Apply the fit to the standardized image at full size, and bound the result below by the last plane."""
     size = image.shape[2:]
     offset, *slopes, least = _resized(planes.flatten(0, 1), size).reshape(*planes.shape[:3], *size)
     for slope, color in zip(slopes, image.transpose(0, 1), strict=True):
@@ -244,12 +244,12 @@ def _guided_filter_apply(planes: Tensor, image: Tensor) -> Tensor:
 def _standardized(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mean and the standard deviation of maps (A, B, *), and the maps less their mean, over their deviation.
 
-    Deviations of the size of rounding errors, relative to the maps' own values, count as none.
+    Deviations below eps ** 0.625 of the maps' own values may be rounding errors and count as none.
     """
     spatial = tuple(range(2, maps.dim()))
     middle = maps.mean(spatial, keepdim=True)
     centered = maps - middle
-    rounding = maps.square() * torch.finfo(maps.dtype).eps
+    rounding = maps.square() * torch.finfo(maps.dtype).eps ** 1.25
     spread = (centered.square() + rounding).mean(spatial, keepdim=True).clamp(min=_TINY).sqrt()
     return middle, spread, centered / spread
 

@@ -21,6 +21,7 @@ __all__ = [
     "CASTS",
     "CONSTRUCTORS",
     "CUTTING",
+    "DROPOUTS",
     "FRESH",
     "LEAVING",
     "SCATTER",
@@ -191,6 +192,8 @@ UNINITIALISED = frozenset({
     aten.empty, aten.empty_strided, aten.empty_permuted, aten.empty_like, aten.new_empty, aten.new_empty_strided,
     aten.resize_,
 })  # fmt: skip
+#: What changes nothing outside of training, which is refused.
+DROPOUTS = frozenset({aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.feature_alpha_dropout})
 #: What cuts a tensor off from the image on purpose.
 CUTTING = frozenset({aten.detach})
 #: What torch calls as it makes a tensor of numbers or of an array, and as it gives a tensor's values away.

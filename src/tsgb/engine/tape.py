@@ -22,6 +22,7 @@ from .operators import (
     CASTS,
     CONSTRUCTORS,
     CUTTING,
+    DROPOUTS,
     LEAVING,
     SCATTER,
     SPELLINGS,
@@ -255,6 +256,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             recorded_kwargs = dict(zip(kwargs, named, strict=True))
         if operator.is_random:
             self._met_random(func, args, kwargs, bool(inputs) and operator.packet not in CONSTRUCTORS)
+        if inputs and operator.packet in DROPOUTS:
+            return args[0]
         if not inputs or operator.packet in CONSTRUCTORS:
             if operator.writes and operator.packet not in CUTTING:
                 self.constants.check_write(func, kwargs["out"] if operator.is_out else args[0], self._shares_memory)
