@@ -66,6 +66,9 @@ def test_float32_is_as_far_off_as_it_was(network, shared):
     for name in TABLES:
         now = [off(model, network, image, getattr(tsgb.rules, name)) for _, image in images]
         before = then["off"][f"{network}/{name}"]
+        if name == "DEFAULT":  # which is another map since: what rounding turns over has moved no map by more
+            assert max(now) <= 2e-4, (name, now)
+            continue
         assert np.median(now) <= 2 * before["median"], (name, now)
         # The farthest ones are those where rounding turns a ReLU or a pooling over: which, torch's kernels decide.
         assert max(now) <= 10 * before["max"], (name, now)

@@ -18,15 +18,8 @@ from .private import can_decompose
 
 __all__ = [
     "AS_STRIDED",
-    "CASTS",
-    "CONSTRUCTORS",
-    "CUTTING",
-    "DROPOUTS",
-    "FRESH",
-    "LEAVING",
     "SCATTER",
     "SPELLINGS",
-    "UNINITIALISED",
     "Operator",
     "Twin",
     "operator_of",
@@ -47,6 +40,8 @@ class Operator:
         is_out: whether the results are written into ``out=``.
         decomposes: whether it is a composite of other operators.
         is_random: whether it may draw random numbers, or take its statistics from the batch.
+        role: in what is known of constants, see `_ROLES`; "" for most.
+        is_uninitialised: whether its result holds no values yet.
     """
 
     functional: Any
@@ -55,6 +50,8 @@ class Operator:
     is_out: bool
     decomposes: bool
     is_random: bool
+    role: str
+    is_uninitialised: bool
 
 
 class Twin:
@@ -93,6 +90,25 @@ SCATTER, AS_STRIDED = Twin(aten.as_strided_scatter, _scattered), aten.as_strided
 _TWINS = {"copy_": COPY, "fill_": FILL, "zero_": Twin(aten.fill, torch.zeros_like)}
 
 
+def _roles(role: str, names: str) -> dict[str, str]:
+    return {f"aten.{name}": role for name in names.split()}
+
+
+_ROLES = {
+    # reads the shape of a tensor alone
+    **_roles("constructor", "empty_like new_empty new_empty_strided zeros_like ones_like full_like new_zeros new_ones"),
+    **_roles("constructor", "new_full rand_like randn_like randint_like"),
+    **_roles("cast", "to _to_copy"),  # changes the type of a tensor, as autocast does
+    **_roles("dropout", "dropout alpha_dropout feature_dropout feature_alpha_dropout"),  # nothing outside of training
+    **_roles("cut", "detach"),  # cuts a tensor off from the image on purpose
+    **_roles("fresh", "lift_fresh lift"),  # a tensor made of numbers or of an array
+    **_roles("leaving", "resolve_neg"),  # called as `Tensor.numpy` and `tolist` give values away
+}
+_UNINITIALISED = {"aten.resize_", "aten.new_empty_strided"} | {
+    f"aten.{name}" for name in ("empty", "empty_strided", "empty_permuted", "empty_like", "new_empty")
+}
+
+
 @lru_cache(maxsize=4096)
 def operator_of(overload: Any) -> Operator:
     """Read an overload's schema."""
@@ -115,7 +131,9 @@ def operator_of(overload: Any) -> Operator:
     packet = getattr(functional, "overloadpacket", packet)
     is_random = torch.Tag.nondeterministic_seeded in getattr(overload, "tags", ())
     is_random |= any(a.name in ("training", "train") for a in schema.arguments)
-    return Operator(functional, packet, bool(written), is_out, can_decompose(overload), is_random)
+    role, is_uninitialised = _ROLES.get(str(packet), ""), str(packet) in _UNINITIALISED
+    decomposes = can_decompose(overload)
+    return Operator(functional, packet, bool(written), is_out, decomposes, is_random, role, is_uninitialised)
 
 
 def _without_out(overload: Any, count: int) -> Any:
@@ -179,25 +197,6 @@ SPELLINGS: dict[Any, Callable[..., Any]] = {
     **{getattr(aten, f"conv{n}d"): _unbatched(getattr(torch, f"conv{n}d"), n) for n in (1, 2, 3)},
     **{getattr(aten, f"conv_transpose{n}d"): _unbatched(getattr(torch, f"conv_transpose{n}d"), n) for n in (1, 2, 3)},
 }
-
-#: Operators that read the shape of a tensor alone.
-CONSTRUCTORS = frozenset({
-    aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.zeros_like, aten.ones_like, aten.full_like,
-    aten.new_zeros, aten.new_ones, aten.new_full, aten.rand_like, aten.randn_like, aten.randint_like,
-})  # fmt: skip
-#: What autocast calls to change the type of a tensor.
-CASTS = frozenset({aten.to, aten._to_copy})
-#: Operators whose result holds no values yet.
-UNINITIALISED = frozenset({
-    aten.empty, aten.empty_strided, aten.empty_permuted, aten.empty_like, aten.new_empty, aten.new_empty_strided,
-    aten.resize_,
-})  # fmt: skip
-#: What changes nothing outside of training, which is refused.
-DROPOUTS = frozenset({aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.feature_alpha_dropout})
-#: What cuts a tensor off from the image on purpose.
-CUTTING = frozenset({aten.detach})
-#: What torch calls as it makes a tensor of numbers or of an array, and as it gives a tensor's values away.
-FRESH, LEAVING = frozenset({aten.lift_fresh, aten.lift}), frozenset({aten.resolve_neg})
 
 # Functions of torch whose operator has another name.
 _SYNONYMS = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .operators import CUTTING, FRESH, LEAVING, UNINITIALISED, Operator
+from .operators import Operator
 from .private import storage_key
 from .supported import CoverageError
 
@@ -45,20 +45,20 @@ class Constants:
     def run(self, func: Any, operator: Operator, args: Any, kwargs: Any, constants: Sequence[Tensor]) -> Any:
         """Run an operator on constants; what it gives is known if they are."""
         written = None if not operator.writes else kwargs["out"] if operator.is_out else args[0]
-        is_known = all(self.is_known(t) for t in constants if t is not written or operator.packet in CUTTING)
-        if is_known and operator.packet not in CUTTING:
+        is_known = all(self.is_known(t) for t in constants if t is not written or operator.role == "cut")
+        if is_known and operator.role != "cut":
             self._has_written(written)
         output = func(*args, **kwargs)
         is_cut = bool(self._cut) and any(self._is_cut(t) for t in constants)
-        if operator.packet in LEAVING:
+        if operator.role == "leaving":
             self.has_left |= is_cut
             self._exported.update(key for t in constants if (key := storage_key(t)) not in self._before)
-        if operator.packet in FRESH:  # made of numbers, or of an array
+        if operator.role == "fresh":  # made of numbers, or of an array
             is_known = is_known or not self.has_left or constants[0].dim() == 0
         for o in output if isinstance(output, (list, tuple)) else [output]:
             if not isinstance(o, Tensor) or o is written:
                 continue
-            if operator.packet in UNINITIALISED and o.numel():
+            if operator.is_uninitialised and o.numel():
                 self._uninitialised[storage_key(o)] = o
             elif is_known:
                 self._known[id(o)] = weakref.ref(o)
@@ -113,6 +113,7 @@ _UNKNOWN = (
     "thread (it came through NumPy, another thread, or memory written behind torch's back), so it cannot be told "
     "whether it depends on the image: compute it with torch, or register it as a buffer"
 )
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (str, bytes, int, float, bool, torch.dtype, torch.device, type, type(None))  # holds no tensor
 
 
@@ -146,7 +147,9 @@ def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
             if name == "_modules":
                 for child in held.values():
                     yield from _tensors(child, seen, _DEPTH)
-            elif name[:1] != "_" or name.endswith("_impl") or isinstance(held, Tensor):
+            elif name not in _OF_ANY_MODULE and not (
+                isinstance(held, _PLAIN) or (type(held) is tuple and all(isinstance(h, _PLAIN) for h in held))
+            ):
                 yield from _tensors(held, seen, depth - 1)
     else:
         seen.add(id(value))
