@@ -16,6 +16,7 @@ from ..tape import CHANNEL_SUM, GRADIENT, PER_CHANNEL, Value, listed
 from ..terms import ChannelSum, Cotangent, Dense, dense
 from .copying import Reshape, Same, channels_first
 from .gradient import Elementwise, Gradient, RelevanceRule, replay, vjp, widened
+from .sharing import Share
 
 if TYPE_CHECKING:
     from ..memory import Memory
@@ -86,7 +87,8 @@ class Shift(Pass):
         """Save where the signal is not 0, if it may be 0 by itself."""
         other = super().record(tape, node, tensors, output)
         x, out = node.inputs[self.signal], node.output
-        if out.needs != GRADIENT and x.may_be_zero is not False:
+        is_shared = x.node is not None and isinstance(x.node.rule, Share)
+        if out.needs != GRADIENT and x.may_be_zero is not False and not is_shared:
             zeros_of = x.may_be_zero if isinstance(x.may_be_zero, Tensor) else tensors[self.signal]
             node.saved, out.needs = channels_first(x, (zeros_of != 0)[None])[0], PER_CHANNEL
         return other

@@ -105,7 +105,9 @@ class Share(RelevanceRule):
             return replay(HiddenLayer(), tape, node, tensors, output)
         images = _images_beside(x, tape.images[0].shape[0], groups) if self.merges_groups else 1
         fields = images if self.merges_groups else groups
-        out.channel_dim, out.may_be_zero = channel_dim, False
+        # A group may see zeros alone where others do not: then its zero has a share, which a shift right after passes.
+        is_merged = self.merges_groups and groups > images
+        out.channel_dim, out.may_be_zero = channel_dim, not self.checks_zeros and is_merged and bias is None
         out.needs = CHANNEL_SUM if fields == 1 else PER_CHANNEL
         is_other = x.needs != GRADIENT and x.channel_dim != channel_dim
         nonzero_mask = None
