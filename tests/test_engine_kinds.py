@@ -452,3 +452,17 @@ def test_hidden_layers_of_many_weights_have_their_gradient():
     many = tsgb.explain(model, x, [[*range(20)]] * 2, rules=rules.PIXELS).maps
     for k in (0, 19):
         assert relative(tsgb.explain(model, x, k, rules=rules.PIXELS).maps[:, 0], many[:, k]) < 1e-4
+
+
+@pytest.mark.parametrize("product", [lambda y: y * y, lambda y: y * y.sigmoid(), lambda y: y / (1 + y.abs())])
+def test_a_gate_of_a_vector_is_held_also_where_it_is_the_signal_itself(product):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.hidden, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(product(self.hidden(self.a(x).relu().mean((2, 3)))))
+
+    torch.manual_seed(0)
+    assert_literal(Net().double().eval(), torch.rand(2, 3, 9, 9, dtype=torch.float64), (1, 2))

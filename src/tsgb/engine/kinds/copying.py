@@ -136,6 +136,11 @@ class Constant(RelevanceRule):
 class Restride(Copy):
     """A view cut out of its memory, or a write into a part of it: element by element, whatever the shapes."""
 
+    def record(self, tape: Tape, node: Node, tensors: Sequence[Tensor], output: Any) -> RelevanceRule | None:
+        """Save the strides of the memory, which the operator reads."""
+        node.saved = node.saved or tensors[0].stride()
+        return super().record(tape, node, tensors, output)
+
     def _mixes(self, node: Node, outputs: list[Value]) -> bool:
         return False
 
@@ -168,7 +173,7 @@ def _order(node: Node, count: int) -> list[int] | None:
     if node.packet is aten.permute:
         return [d % count for d in node.args[1]]
     places = list(range(count))
-    if node.packet in (aten.transpose,):
+    if node.packet is aten.transpose:
         a, b = (d % count for d in node.args[1:3])
     elif node.packet in (aten.t, aten.numpy_T) and count >= 2:
         a, b = count - 2, count - 1

@@ -151,10 +151,15 @@ class Gate(Pass):
         return other
 
     def gradient(self, tape: Tape, node: Node, grads: Tensor) -> Tensor:
-        """Multiply gradients by the operator's derivative at the signal."""
-        (given, *_) = vjp(node, [tape.get(value) for value in node.inputs], [grads])[self.signal :]
-        assert given is not None
-        return given
+        """Multiply gradients by the factor, or divide them by it, summed where the signal is broadcast."""
+        x = node.inputs[self.signal]
+        place = 1 if node.args[0] is x else 0  # of the factor, which may be the signal itself
+        factor = node.args[place]
+        if isinstance(factor, (Value, Tensor)):
+            factor = widened(tape.get(factor) if isinstance(factor, Value) else factor)
+        given: Tensor = grads / factor if node.packet is aten.div else grads * factor
+        ones = (1,) * (given.dim() - 1 - len(x.shape))
+        return given.sum_to_size(len(grads), *ones, *x.shape).reshape(len(grads), *x.shape)
 
 
 class Product(RelevanceRule):
