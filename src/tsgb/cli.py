@@ -135,9 +135,9 @@ def doctor(
         found = examination.examine(network.model, _sample(network))
     typer.echo(f"{network.spec}, weights {network.weights}\n")
     width = max(len(name) for name, _, _ in found.coverage)
-    typer.echo(f"{'operator':{width}}  {'rule':14} calls")
+    typer.echo(f"{'operator':{width}}  {'rule':18} calls")
     for name, rule, count in found.coverage:
-        typer.echo(f"{name:{width}}  {rule or 'none':14} {count:5}")
+        typer.echo(f"{name:{width}}  {rule or 'none':18} {count:5}")
     typer.echo("")
     for check in found.checks:
         typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.seen}")
